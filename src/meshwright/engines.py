@@ -1,0 +1,74 @@
+"""What each engine does differently, kept as data with a source for every fact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files as package_files
+from typing import Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from meshwright.files import Noun, parse_yaml
+from meshwright.policy import Dispatcher, EngineName, ScheduleName, ZeroStage
+from meshwright.units import Bytes, Count, Share
+from meshwright.workload import Precision
+
+ValueT = TypeVar("ValueT")
+
+
+class Fact(BaseModel, Generic[ValueT]):
+    """One fact about an engine, with where it is known from; an assumption's source begins `assumed:`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    value: ValueT
+    source: str
+
+    @property
+    def is_assumed(self) -> bool:
+        """Whether no source but a judgement stands behind the fact."""
+        return self.source.startswith("assumed:")
+
+
+class Engine(Noun):
+    """Facts of one engine.
+
+    Bytes are per parameter or per rank; the booleans say which tensors a layer keeps for backward (see
+    `ir/blocks.py`); the lists say what the engine runs at all.
+    """
+
+    title: str
+    gradient_bytes: Fact[Count]
+    master_in_parameter: Fact[bool]
+    saves_gathered_input: Fact[bool]
+    fused_activation: Fact[bool]
+    probs_before_down: Fact[bool]
+    fp32_logits: Fact[bool]
+    vocabulary_multiple: Fact[Count]
+    selective: Fact[tuple[str, ...]]
+    etp_follows_tp: Fact[bool]
+    context: Fact[Bytes]
+    slack: Fact[Share]
+    schedules: tuple[ScheduleName, ...]
+    dispatchers: tuple[Dispatcher, ...]
+    zero_stages: tuple[ZeroStage, ...]
+    max_cp: Count
+    latent_attention: bool
+    precisions: tuple[Precision, ...]
+
+    def assumptions(self) -> dict[str, str]:
+        """The facts that are assumed, with their reason."""
+        facts = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: f.source for name, f in facts.items() if isinstance(f, Fact) and f.is_assumed}
+
+
+@cache
+def engines() -> Mapping[str, Engine]:
+    """Every engine by name."""
+    text = package_files("meshwright").joinpath("catalog/engines.yaml").read_text("utf-8")
+    return {name: Engine.model_validate(entry) for name, entry in parse_yaml(text, "engines.yaml").items()}
+
+
+def engine_named(name: EngineName) -> Engine:
+    """The facts of one engine."""
+    return engines()[name]
