@@ -1,0 +1,1 @@
+"""What happens: parameters, ops, collectives, pipeline order and the program of a plan."""

@@ -1,0 +1,374 @@
+"""A plan lowered to what each pipeline stage does: tasks with local shapes, and the groups they speak to.
+
+Estimator, simulator and memory model all read this; the dry run and training are checked against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from meshwright.engines import Engine, engine_named
+from meshwright.ir.blocks import embedding_block, head_block, layer_block
+from meshwright.ir.dense import Shape
+from meshwright.ir.graph import (
+    Block,
+    Collective,
+    CollectiveKind,
+    Degrees,
+    Flops,
+    Op,
+    OpKind,
+    Saved,
+    flops,
+    saved_tensors,
+    traffic,
+)
+from meshwright.ir.parameters import (
+    Param,
+    embedding_parameters,
+    head_parameters,
+    layer_parameters,
+)
+from meshwright.ir.schedule import Schedule, build_schedule
+from meshwright.ir.sharding import local_numel, zero_degree
+from meshwright.ir.step import step_tasks
+from meshwright.ir.tasks import PHASES, CommTask, ComputeTask, Phase, Task
+from meshwright.layout import Layout
+from meshwright.plan import Plan
+
+MATMULS = (OpKind.MATMUL, OpKind.GROUPED_MATMUL)
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredBlock:
+    """A block as one rank runs it for one micro-batch. `saved` maps each kept tensor to (bytes, kept for the
+    weight gradient); `input_bytes` is the block's input, which full recompute keeps instead."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    saved: dict[str, tuple[int, bool]]
+    saved_without_recompute: dict[str, tuple[int, bool]]
+    input_bytes: int
+    output_gradient_bytes: int
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes kept from forward to the input gradient."""
+        return sum(size for size, _ in self.saved.values())
+
+    @property
+    def deferred_bytes(self) -> int:
+        """Bytes kept between the input gradient and a deferred weight gradient: each matmul's input and the
+        gradient of its output."""
+        inputs = sum(size for size, for_weight in self.saved.values() if for_weight)
+        return inputs + self.output_gradient_bytes
+
+    def flops(self) -> Flops:
+        """Work by phase, recompute not counted."""
+        by_phase = dict.fromkeys(PHASES, 0)
+        for task in self.tasks:
+            if isinstance(task, ComputeTask) and task.phase in by_phase:
+                by_phase[task.phase] += task.flops
+        return Flops(by_phase["forward"], by_phase["input_gradient"], by_phase["weight_gradient"])
+
+
+@dataclass(frozen=True, slots=True)
+class StageProgram:
+    """One pipeline stage (chunk): its blocks in order, and the parameters that its ranks hold."""
+
+    index: int
+    rank: int
+    layers: tuple[int, ...]
+    blocks: tuple[LoweredBlock, ...]
+    params: tuple[Param, ...]
+    sends: tuple[CommTask, ...]
+
+    @property
+    def has_embedding(self) -> bool:
+        """Whether the token embedding stands in this stage."""
+        return self.blocks[0].name == "embedding"
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the head and the loss stand in this stage."""
+        return self.blocks[-1].name == "head"
+
+    def tasks(self, phase: Phase | None = None) -> Iterator[Task]:
+        """Every task of one micro-batch, in order; of one phase where it is named."""
+        for block in self.blocks:
+            yield from (task for task in block.tasks if phase is None or task.phase == phase)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A lowered plan: stages, pipeline order, and what happens once per step."""
+
+    plan: Plan
+    stages: tuple[StageProgram, ...]
+    step: tuple[tuple[CommTask, ...], ...]
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The pipeline order of the plan."""
+        plan = self.plan
+        count = plan.num_micro_batches
+        return build_schedule(plan.policy.schedule, plan.layout.pp, count, plan.layout.vpp)
+
+    @property
+    def engine(self) -> Engine:
+        """Facts of the plan's engine."""
+        return engine_named(self.plan.policy.engine)
+
+    def stages_of(self, pp_rank: int) -> tuple[StageProgram, ...]:
+        """The stages that a pipeline rank holds."""
+        return tuple(stage for stage in self.stages if stage.rank == pp_rank)
+
+    def collectives(self, pp_rank: int) -> Iterator[tuple[CommTask, int]]:
+        """Every collective of a whole step on a pipeline rank, with how often it runs."""
+        count = self.plan.num_micro_batches
+        for stage in self.stages_of(pp_rank):
+            for task in (*stage.tasks(), *stage.sends):
+                if isinstance(task, CommTask):
+                    yield task, count
+        yield from ((task, 1) for task in self.step[pp_rank])
+
+
+def degrees_of(layout: Layout, sequence_parallel: bool) -> Degrees:
+    """Ranks along each axis that divides an op's dims."""
+    sp = layout.tp if sequence_parallel else 1
+    return {"tp": layout.tp, "cp": layout.cp, "ep": layout.ep, "etp": layout.etp, "sp": sp}
+
+
+def shape_of(plan: Plan, sequence_length: int | None = None) -> Shape:
+    """What the blocks are built for: the plan's micro-batch at a length, the longest unless told."""
+    return Shape(
+        micro_batch_size=plan.policy.micro_batch_size,
+        sequence_length=sequence_length or plan.workload.max_sequence_length,
+        element_bytes=plan.workload.compute_bytes,
+        engine=engine_named(plan.policy.engine),
+        sequence_parallel=plan.policy.sequence_parallel,
+        dispatcher=plan.policy.dispatcher,
+        ep=plan.layout.ep,
+        tp=plan.layout.tp,
+    )
+
+
+def lower(plan: Plan, sequence_length: int | None = None) -> Program:
+    """The program of a plan. The plan must hold every rule of `verify`."""
+    shape = shape_of(plan, sequence_length)
+    blocks = _BlockTable(plan, shape)
+    stages = []
+    first = 0
+    num_stages = plan.layout.num_stages
+    for index, count in enumerate(plan.policy.layers_per_stage):
+        layers = tuple(range(first, first + count))
+        first += count
+        stages.append(_stage(plan, blocks, index, layers, num_stages))
+    step = tuple(_rank_step(plan, [s for s in stages if s.rank == rank]) for rank in range(plan.layout.pp))
+    return Program(plan, tuple(stages), step)
+
+
+def _rank_step(plan: Plan, stages: list[StageProgram]) -> tuple[CommTask, ...]:
+    params = list({param.name: param for stage in stages for param in stage.params}.values())
+    embedding, head = any(s.has_embedding for s in stages), any(s.has_head for s in stages)
+    return tuple(step_tasks(plan, params, embedding, head))
+
+
+class _BlockTable:
+    """Lowered blocks, each kind of layer lowered once and then renamed for its layer."""
+
+    def __init__(self, plan: Plan, shape: Shape) -> None:
+        self.plan, self.shape = plan, shape
+        self.kinds: dict[tuple[bool, bool], tuple[int, LoweredBlock]] = {}
+
+    def layer(self, layer: int) -> LoweredBlock:
+        model = self.plan.model
+        kind = (model.is_moe_layer(layer), layer in model.sliding_window_layers)
+        if kind not in self.kinds:
+            self.kinds[kind] = (layer, lower_block(self.plan, layer_block(model, layer, self.shape)))
+        known, block = self.kinds[kind]
+        return block if known == layer else _renamed(block, f"layers.{known}", f"layers.{layer}")
+
+    def end(self, name: Literal["embedding", "head"]) -> LoweredBlock:
+        build = embedding_block if name == "embedding" else head_block
+        return lower_block(self.plan, build(self.plan.model, self.shape))
+
+
+def _renamed(block: LoweredBlock, old: str, new: str) -> LoweredBlock:
+    def name(text: str) -> str:
+        return new + text[len(old) :]
+
+    tasks = tuple(
+        ComputeTask(name(t.name), t.phase, t.kind, t.sizes, t.flops, t.traffic_bytes)
+        if isinstance(t, ComputeTask)
+        else CommTask(name(t.name), t.phase, t.kind, t.axis, t.num_ranks, t.bytes)
+        for t in block.tasks
+    )
+    saved = {name(tensor): kept for tensor, kept in block.saved.items()}
+    whole = {name(tensor): kept for tensor, kept in block.saved_without_recompute.items()}
+    return LoweredBlock(new, tasks, saved, whole, block.input_bytes, block.output_gradient_bytes)
+
+
+def _stage(
+    plan: Plan, blocks: _BlockTable, index: int, layers: tuple[int, ...], num_stages: int
+) -> StageProgram:
+    model = plan.model
+    lowered = [blocks.layer(layer) for layer in layers]
+    params = [param for layer in layers for param in layer_parameters(model, layer)]
+    if index == 0:
+        lowered.insert(0, blocks.end("embedding"))
+        params = [*embedding_parameters(model), *params]
+    if index == num_stages - 1:
+        lowered.append(blocks.end("head"))
+        params += head_parameters(model)
+        if model.tie_word_embeddings and num_stages > 1:
+            params.append(next(iter(embedding_parameters(model))))
+    sends = tuple(_sends(plan, blocks.shape, index, num_stages))
+    return StageProgram(index, stage_rank(plan, index), layers, tuple(lowered), tuple(params), sends)
+
+
+def stage_rank(plan: Plan, stage: int) -> int:
+    """Pipeline rank that holds a stage: in turn, or there and back for the V schedules."""
+    chunk, position = divmod(stage, plan.layout.pp)
+    if plan.policy.schedule in ("ZBVZeroBubble", "DualPipeV") and chunk % 2:
+        return plan.layout.pp - 1 - position
+    return position
+
+
+def _sends(plan: Plan, shape: Shape, stage: int, num_stages: int) -> Iterator[CommTask]:
+    """Activations to the next stage and gradients to the previous one, where they leave the rank."""
+    degrees = degrees_of(plan.layout, plan.policy.sequence_parallel)
+    size = shape.scattered.local(degrees) * plan.model.hidden_size * shape.element_bytes
+    for name, phase, other in (
+        ("activation", "forward", stage + 1),
+        ("gradient", "input_gradient", stage - 1),
+    ):
+        if 0 <= other < num_stages and stage_rank(plan, other) != stage_rank(plan, stage):
+            yield CommTask(
+                f"stages.{stage}.send_{name}",
+                _phase(phase),
+                CollectiveKind.SEND_RECV,
+                "pp",
+                plan.layout.pp,
+                size,
+            )
+
+
+def _phase(name: str) -> Phase:
+    return "forward" if name == "forward" else "input_gradient"
+
+
+def lower_block(plan: Plan, block: Block) -> LoweredBlock:
+    """A block with the plan's degrees put in: local tasks of every phase, and what is kept for backward."""
+    degrees = degrees_of(plan.layout, plan.policy.sequence_parallel)
+    engine = engine_named(plan.policy.engine)
+    tasks: list[Task] = []
+    for node in block.nodes:
+        if isinstance(node, Op):
+            tasks += _compute_tasks(node, degrees)
+        else:
+            tasks += _comm_tasks(node, degrees)
+    tasks += _parameter_gathers(plan, block)
+    dropped = frozenset(engine.selective.value) if plan.policy.recompute == "selective" else frozenset()
+    whole = _sizes(saved_tensors(block.ops), degrees)
+    kept = _sizes(saved_tensors(block.ops, dropped), degrees)
+    input_bytes = 0
+    if block.name.startswith("layers."):
+        input_bytes = whole.get(f"{block.name}.in", (0, False))[0]
+        if plan.policy.recompute == "full":
+            kept = _kept_under_full_recompute(block.name, whole)
+    outputs = sum(_output_bytes(op, degrees) for op in block.ops if op.kind in MATMULS)
+    return LoweredBlock(block.name, tuple(tasks), kept, whole, input_bytes, outputs)
+
+
+def _output_bytes(op: Op, degrees: Degrees) -> int:
+    m, n, _ = (dim.local(degrees) for dim in op.dims[-3:])
+    return m * n * op.bytes_per_element
+
+
+def _kept_under_full_recompute(name: str, whole: dict[str, tuple[int, bool]]) -> dict[str, tuple[int, bool]]:
+    """The layer's input, and the routing choices: chosen again they could differ in a near tie."""
+    kept = {f"{name}.in": (whole[f"{name}.in"][0], True)}
+    kept |= {t: (size, True) for t, (size, _) in whole.items() if t.endswith((".choices", ".index"))}
+    return kept
+
+
+def _sizes(tensors: dict[str, Saved], degrees: Degrees) -> dict[str, tuple[int, bool]]:
+    return {name: (saved.local_bytes(degrees), saved.for_weight) for name, saved in tensors.items()}
+
+
+def _compute_tasks(op: Op, degrees: Degrees) -> Iterator[ComputeTask]:
+    sizes = tuple(dim.local(degrees) for dim in op.dims)
+    work, moved = flops(op, degrees), traffic(op, degrees)
+    for phase in PHASES:
+        if getattr(moved, phase):
+            yield ComputeTask(op.name, phase, op.kind, sizes, getattr(work, phase), getattr(moved, phase))
+
+
+def _comm_tasks(node: Collective, degrees: Degrees) -> Iterator[CommTask]:
+    ranks = degrees[node.axis]
+    if ranks == 1:
+        return
+    size = node.local_bytes(degrees)
+    phases: tuple[tuple[Phase, CollectiveKind | None], ...] = (
+        ("forward", node.forward),
+        ("input_gradient", node.backward),
+        ("weight_gradient", node.weight_gradient),
+    )
+    for phase, kind in phases:
+        if kind is not None:
+            yield CommTask(node.name, phase, kind, node.axis, ranks, size)
+
+
+def _parameter_gathers(plan: Plan, block: Block) -> Iterator[CommTask]:
+    """ZeRO-3: each block's parameters are gathered before forward and again before backward."""
+    if plan.policy.zero_stage < 3:
+        return
+    named = {param for op in block.ops for param in op.params}
+    for expert in (False, True):
+        params = [p for p in _block_params(plan, block.name) if p.is_expert is expert and p.name in named]
+        if not params or zero_degree(params[0], plan.layout) == 1:
+            continue
+        size = sum(local_numel(p, plan.layout) for p in params) * plan.workload.compute_bytes
+        axis, name = ("edp", "experts") if expert else ("dp_cp", "dense")
+        for phase in ("forward", "input_gradient"):
+            yield CommTask(
+                f"{block.name}.gather_{name}",
+                _phase(phase),
+                CollectiveKind.ALL_GATHER,
+                axis,
+                plan.layout.size(axis),
+                size,
+            )
+
+
+def _block_params(plan: Plan, block: str) -> list[Param]:
+    if block.startswith("layers."):
+        return list(layer_parameters(plan.model, int(block.split(".")[1])))
+    if block == "embedding":
+        return list(embedding_parameters(plan.model))
+    tied = list(embedding_parameters(plan.model))[:1] if plan.model.tie_word_embeddings else []
+    return [*head_parameters(plan.model), *tied]
+
+
+def model_flops(plan: Plan, sequence_length: int) -> int:
+    """FLOPs of one training step of the whole model, forward and backward, recompute not counted."""
+    alone = plan.model_copy(
+        update={
+            "layout": Layout(),
+            "policy": plan.policy.model_copy(
+                update={
+                    "micro_batch_size": 1,
+                    "sequence_parallel": False,
+                    "layers_per_stage": (plan.model.num_hidden_layers,),
+                    "schedule": "1F1B",
+                    "zero_stage": 0,
+                }
+            ),
+        }
+    )
+    stage = lower(alone, sequence_length).stages[0]
+    return plan.workload.global_batch_size * sum(block.flops().total for block in stage.blocks)

@@ -1,0 +1,79 @@
+"""From a whole parameter and a layout to what one rank holds of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, prod
+
+from meshwright.ir.parameters import Param
+from meshwright.layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSlice:
+    """The part of a parameter on one rank: half-open index ranges per dim, before any ZeRO sharding."""
+
+    name: str
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the local tensor."""
+        return tuple(stop - start for start, stop in self.ranges)
+
+
+def local_dim(size: int, ranks: int, blocks: int | None = None) -> int:
+    """Elements of a divided dim on one rank.
+
+    Blocks (heads) are never cut: with more ranks than blocks each block is replicated. Dims without
+    blocks are padded up to a multiple of the ranks, as engines pad the vocabulary.
+    """
+    if blocks is None:
+        return ceil(size / ranks)
+    return size // blocks * max(1, blocks // ranks)
+
+
+def local_shape(param: Param, layout: Layout) -> tuple[int, ...]:
+    """Shape of a parameter on each rank that holds it, before ZeRO sharding."""
+    return tuple(
+        size if axis is None else local_dim(size, layout.size(axis), param.blocks)
+        for size, axis in zip(param.shape, param.shard, strict=True)
+    )
+
+
+def local_slice(param: Param, layout: Layout, rank: int) -> LocalSlice:
+    """Which indices of a parameter a rank holds, before ZeRO sharding.
+
+    Under expert sharding the coordinates are those of the expert view. A padded tail is cut off.
+    """
+    coordinates = layout.coordinates(rank, "expert" if param.is_expert else "dense")
+    ranges = []
+    for size, axis, width in zip(param.shape, param.shard, local_shape(param, layout), strict=True):
+        if axis is None:
+            ranges.append((0, size))
+            continue
+        position = coordinates[axis]
+        if param.blocks is not None and layout.size(axis) > param.blocks:
+            position //= layout.size(axis) // param.blocks
+        start = min(position * width, size)
+        ranges.append((start, min(start + width, size)))
+    return LocalSlice(param.name, tuple(ranges))
+
+
+def local_numel(param: Param, layout: Layout) -> int:
+    """Elements of a parameter on one rank, before ZeRO sharding."""
+    return prod(local_shape(param, layout))
+
+
+def zero_degree(param: Param, layout: Layout) -> int:
+    """Over how many ranks ZeRO divides a parameter: dp·cp for dense ones, edp for routed experts."""
+    return layout.edp if param.is_expert else layout.size("dp_cp")
+
+
+def copies(param: Param, layout: Layout) -> int:
+    """How many ranks of a stage hold each element of a parameter (before ZeRO)."""
+    stage_ranks = layout.world_size // layout.pp
+    pieces = prod(layout.size(axis) for axis in param.shard if axis is not None)
+    if param.blocks is not None and pieces > param.blocks:
+        pieces = param.blocks
+    return stage_ranks // pieces

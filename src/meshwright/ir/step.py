@@ -1,0 +1,73 @@
+"""What a rank communicates once per step, after its last micro-batch: gradients, parameters, scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from meshwright.engines import engine_named
+from meshwright.ir.graph import CollectiveKind
+from meshwright.ir.parameters import Param, embedding_parameters
+from meshwright.ir.sharding import local_numel
+from meshwright.ir.tasks import CommTask
+from meshwright.plan import Plan
+
+
+def step_tasks(plan: Plan, params: list[Param], has_embedding: bool, has_head: bool) -> Iterator[CommTask]:
+    """What one rank communicates once per step, given the parameters that it holds."""
+    yield from _partial_gradients(plan, params)
+    yield from _tied_embedding(plan, has_embedding, has_head)
+    yield from _data_parallel(plan, params)
+    yield from _scalars(plan, params)
+
+
+def _partial_gradients(plan: Plan, params: list[Param]) -> Iterator[CommTask]:
+    """Sequence parallelism leaves norm and router gradients as partial sums over tp."""
+    if not plan.policy.sequence_parallel or plan.layout.tp == 1:
+        return
+    width = engine_named(plan.policy.engine).gradient_bytes.value
+    size = sum(p.numel for p in params if p.partial_over_tp) * width
+    if size:
+        yield CommTask("gradients.partial", "step", CollectiveKind.ALL_REDUCE, "tp", plan.layout.tp, size)
+
+
+def _tied_embedding(plan: Plan, has_embedding: bool, has_head: bool) -> Iterator[CommTask]:
+    """First and last stage hold copies of a tied embedding and add up their gradients."""
+    if not plan.model.tie_word_embeddings or has_embedding == has_head:
+        return
+    table = next(iter(embedding_parameters(plan.model)))
+    size = local_numel(table, plan.layout) * engine_named(plan.policy.engine).gradient_bytes.value
+    yield CommTask("gradients.tied_embedding", "step", CollectiveKind.ALL_REDUCE, "embedding", 2, size)
+
+
+def _data_parallel(plan: Plan, params: list[Param]) -> Iterator[CommTask]:
+    """Gradients over the data axes, once per step: all-reduced without ZeRO, else reduce-scattered; under
+    ZeRO 1 and 2 the updated parameters are gathered again (Rajbhandari et al., arXiv:1910.02054 §7)."""
+    engine = engine_named(plan.policy.engine)
+    for axis, expert in (("dp_cp", False), ("edp", True)):
+        ranks = plan.layout.size(axis)
+        held = sum(local_numel(p, plan.layout) for p in params if p.is_expert is expert)
+        if ranks == 1 or held == 0:
+            continue
+        zero = plan.policy.zero_stage
+        kind = CollectiveKind.REDUCE_SCATTER if zero else CollectiveKind.ALL_REDUCE
+        name = "experts" if expert else "dense"
+        yield CommTask(f"gradients.{name}", "step", kind, axis, ranks, held * engine.gradient_bytes.value)
+        if zero in (1, 2):
+            size = held * plan.workload.compute_bytes
+            yield CommTask(f"parameters.{name}", "step", CollectiveKind.ALL_GATHER, axis, ranks, size)
+
+
+def _scalars(plan: Plan, params: list[Param]) -> Iterator[CommTask]:
+    """The global token count, and the gradient norm: squares add up over each axis that divides
+    gradients."""
+    layout = plan.layout
+    if layout.size("dp_cp") > 1:
+        yield CommTask("loss.tokens", "step", CollectiveKind.ALL_REDUCE, "dp_cp", layout.size("dp_cp"), 8)
+    axes = ["tp", *(["dp_cp"] if plan.policy.zero_stage else [])]
+    if any(param.is_expert for param in params):
+        axes += ["etp", "ep", *(["edp"] if plan.policy.zero_stage else [])]
+    for axis in (*axes, "pp"):
+        if layout.size(axis) > 1:
+            yield CommTask(f"clip.{axis}", "step", CollectiveKind.ALL_REDUCE, axis, layout.size(axis), 4)
+    if plan.workload.precision == "fp16" and layout.world_size > 1:
+        yield CommTask("scaler.overflow", "step", CollectiveKind.ALL_REDUCE, "world", layout.world_size, 4)
