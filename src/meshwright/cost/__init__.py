@@ -1,0 +1,1 @@
+"""How long and how much: priced per task, never per step."""
