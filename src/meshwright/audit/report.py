@@ -1,0 +1,215 @@
+"""The audit: every stated figure against what the description gives, and layouts that can exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from math import floor, isclose, log10
+from typing import Any, Literal, get_args
+
+from meshwright.audit.answer import Answer, Value
+from meshwright.audit.arithmetic import evaluate
+from meshwright.audit.context import Context, context_of
+from meshwright.audit.figures import FigureKind, figure_kind
+from meshwright.audit.repair import Repair
+from meshwright.claims import MAX_FIGURES, Figure
+from meshwright.cluster import Cluster
+from meshwright.cost.memory import RankMemory, memory, worst
+from meshwright.deployment import Deployment
+from meshwright.errors import InputError
+from meshwright.ir.parameters import ParameterCounts
+from meshwright.ir.program import lower
+from meshwright.model import Model
+from meshwright.verify import Finding, verify
+
+Verdict = Literal["holds", "fails", "undetermined"]
+RELATIVE_TOLERANCE = 0.005
+"""Two values are the same figure within half a per cent, or within half of the last digit that is printed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """One figure with its verdict. Values are SI numbers; `computed` None means undetermined."""
+
+    figure: Figure
+    kind: FigureKind
+    stated: Value
+    computed: Value | None
+    verdict: Verdict
+    formula: str
+    why: str
+
+    def document(self) -> dict[str, Any]:
+        """The verdict as JSON keys of `audit`."""
+        return {
+            "id": self.figure.id,
+            "stated": list(self.stated) if isinstance(self.stated, tuple) else self.stated,
+            "computed": list(self.computed) if isinstance(self.computed, tuple) else self.computed,
+            "unit": self.kind.unit,
+            "verdict": self.verdict,
+            "why": self.why,
+            "formula": self.formula,
+            "stated_formula": self.figure.formula,
+            "where": self.figure.where,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """Everything that an audit found."""
+
+    name: str
+    title: str
+    claims: tuple[Checked, ...]
+    possible: bool
+    stated_layout: Mapping[str, int]
+    nearest_layouts: tuple[Repair, ...]
+    parameters: ParameterCounts
+    model: Model
+    cluster: Cluster
+    memory: tuple[RankMemory, ...]
+    memory_words: str
+    findings: tuple[Finding, ...]
+    defaults: Mapping[str, str]
+    assumptions: Mapping[str, str]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the layout is possible, no rule is broken and no figure fails."""
+        broken = any(finding.level == "error" for finding in self.findings)
+        return self.possible and not broken and all(c.verdict != "fails" for c in self.claims)
+
+    def counts(self) -> dict[Verdict, int]:
+        """How many figures have each verdict."""
+        verdicts = [checked.verdict for checked in self.claims]
+        return {verdict: verdicts.count(verdict) for verdict in get_args(Verdict)}
+
+    def document(self) -> dict[str, Any]:
+        """The report as the JSON document of `audit`."""
+        counts = self.parameters
+        return {
+            "name": self.name,
+            "claims": [checked.document() for checked in self.claims],
+            "layout": {"stated": dict(self.stated_layout), "possible": self.possible},
+            "nearest_layouts": [repair.document() for repair in self.nearest_layouts],
+            "parameters": {"total": counts.total, "active": counts.active, "by_part": counts.by_part},
+            "memory_by_stage": [_memory_document(rank) for rank in self.memory],
+            "findings": [
+                {"key": f.key, "value": f.value, "rule": f.rule, "level": f.level} for f in self.findings
+            ],
+            "defaults": dict(self.defaults),
+            "assumptions": dict(self.assumptions),
+        }
+
+
+def _memory_document(rank: RankMemory) -> dict[str, Any]:
+    return {
+        "pp_rank": rank.pp_rank,
+        "total_bytes": rank.total_bytes,
+        "micro_batches_in_flight": rank.num_in_flight,
+        "lines": [{"name": n.name, "bytes": n.bytes, "why": n.why, "assumed": n.assumed} for n in rank.lines],
+    }
+
+
+def audit(deployment: Deployment) -> AuditReport:
+    """Hold every figure of a deployment against its description.
+
+    An impossible layout is a finding, never an error. Raises InputError for a figure that cannot be read.
+    """
+    ctx = context_of(deployment)
+    figures = ctx.claims.figures
+    if len(figures) > MAX_FIGURES:
+        raise InputError("claims.figures", len(figures), f"at most {MAX_FIGURES} figures")
+    ranks: tuple[RankMemory, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    words = ""
+    if ctx.layout is not None:
+        plan, program = ctx.plan_for(Figure(id="total_memory", value="1 B"))
+        findings = tuple(verify(plan))
+        length = ctx.workload.max_sequence_length
+        which = "the stated layout" if ctx.possible else "the nearest possible layout"
+        size = plan.policy.micro_batch_size
+        words = f"{which}, {ctx.layout_words}, micro-batch {size} at {length:,} tokens"
+        with suppress(InputError):  # a schedule that cannot be built is among the findings
+            ranks = memory(program)
+    return AuditReport(
+        name=deployment.name,
+        title=ctx.claims.document or deployment.name,
+        claims=tuple(check(ctx, figure) for figure in figures),
+        possible=ctx.possible,
+        stated_layout=ctx.stated,
+        nearest_layouts=tuple(_with_memory(ctx, repair) for repair in ctx.repairs),
+        parameters=ctx.parameters,
+        model=deployment.model,
+        cluster=ctx.cluster,
+        memory=ranks,
+        memory_words=words,
+        findings=findings,
+        defaults=ctx.defaults,
+        assumptions=ctx.claims.assumptions,
+    )
+
+
+def _with_memory(ctx: Context, repair: Repair) -> Repair:
+    """The repair with the peak memory of its fullest GPU, where its rules hold."""
+    plan = ctx.plan_on(repair.layout)
+    if any(finding.level == "error" for finding in verify(plan)):
+        return repair
+    peak = worst(memory(lower(plan))).total_bytes
+    return replace(repair, peak_memory_bytes=peak, fits=peak <= ctx.cluster.gpu.memory)
+
+
+def check(ctx: Context, figure: Figure) -> Checked:
+    """One figure's verdict.
+
+    It fails when its own formula does not give its value; else the description decides; where that needs a
+    step-time model the verdict is undetermined, unless a bound already rules the value out.
+    """
+    kind = figure_kind(figure)
+    stated = kind.parse(figure)
+    try:
+        answer = kind.answer(ctx, figure)
+    except InputError as error:  # a rule that the description breaks leaves the figure open
+        answer = Answer(None, "", f"It cannot be computed: {error}.")
+    if figure.formula is not None and isinstance(stated, float):
+        own = evaluate(figure.formula, f"claims.figures.{figure.id}.formula")
+        if not _same(stated, own, figure, kind):
+            why = f"{figure.formula} is {kind.format(own)}, not {kind.format(stated)}. {answer.why}"
+            return Checked(figure, kind, stated, own, "fails", answer.formula, why)
+    return Checked(
+        figure, kind, stated, answer.value, _verdict(answer, stated, figure, kind), answer.formula, answer.why
+    )
+
+
+def _verdict(answer: Answer, stated: Value, figure: Figure, kind: FigureKind) -> Verdict:
+    if answer.impossible:
+        return "fails"
+    if answer.value is None:
+        return "undetermined"
+    if isinstance(stated, tuple) or isinstance(answer.value, tuple):
+        return "holds" if stated == answer.value else "fails"
+    return "holds" if _same(stated, answer.value, figure, kind) else "fails"
+
+
+def _same(stated: float, computed: float, figure: Figure, kind: FigureKind) -> bool:
+    """Whether two values are one figure: equal counts, or equal within tolerance and printed digits."""
+    if kind.exact:
+        return isclose(stated, computed, rel_tol=1e-9)
+    allowed = (figure.tolerance or RELATIVE_TOLERANCE) * abs(computed)
+    return abs(stated - computed) <= max(allowed, _half_last_digit(figure, stated)) * (1 + 1e-9)
+
+
+def _half_last_digit(figure: Figure, stated: float) -> float:
+    """Half of the last digit that the document printed, in SI units; 0 for plain numbers, whose trailing
+    zeros are lost on reading, and for round figures such as 400 GB."""
+    if not isinstance(figure.value, str) or stated == 0:
+        return 0.0
+    digits = figure.value.strip().split(" ")[0].rstrip("%").lower()
+    mantissa = digits.split("e")[0]
+    if "." not in mantissa:
+        return 0.0
+    number = float(digits)
+    decimals = len(mantissa.split(".")[1])
+    shift = floor(log10(abs(number))) - floor(log10(abs(float(mantissa)))) if number else 0
+    return 0.5 * 10.0 ** (shift - decimals) * abs(stated / number)

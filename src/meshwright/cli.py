@@ -1,0 +1,187 @@
+"""The command line: reads a file, calls one function, prints what it gives.
+
+Everything heavy is imported inside the commands, so that `--help` answers at once. Errors leave as
+exceptions; `__main__` turns them into one line and an exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from meshwright import __version__
+from meshwright.errors import InputError
+from meshwright.terminal import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from meshwright.deployment import Deployment
+    from meshwright.verify import Finding
+
+BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports a writer that lost its reader
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""The error of a wrong command line: typer carries its own parser or uses click's, by version."""
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+File = Annotated[str, typer.Argument(metavar="FILE", help="A deployment file (YAML or JSON).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--output", "-o", metavar="PATH", help="Write the output there instead, whole or not at all."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file: layout.tp=4. Repeatable."),
+]
+Full = Annotated[bool, typer.Option("--full", help="Show every formula, memory line and reason.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 when something checked does not hold.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Audit, plan, simulate, dry-run and train mixture-of-experts deployments from one description."""
+    if version:
+        deliver(f"meshwright {__version__}\n")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        deliver(f"{context.get_help()}\n")
+
+
+@app.command()
+def audit(
+    file: File,
+    full: Full = False,
+    strict: Strict = False,
+    as_json: Json = False,
+    output: Output = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check what a document claims about its deployment."""
+    deployment = read(file, overrides, output)
+    from meshwright.audit import audit as audit_deployment
+    from meshwright.terminal.audit import show_audit
+
+    report = audit_deployment(deployment)
+    present(report.document, lambda console: show_audit(report, console, full), as_json, output)
+    if strict and not report.holds:
+        raise typer.Exit(1)
+
+
+@app.command()
+def groups(
+    file: File,
+    rank: Annotated[int | None, typer.Option(metavar="N", help="Show all about one rank instead.")] = None,
+    as_json: Json = False,
+    output: Output = None,
+    overrides: Overrides = None,
+) -> None:
+    """List which ranks form each parallel group, and what links they cross."""
+    deployment = read(file, overrides, output)
+    from meshwright.verify import cluster_findings
+
+    if rank is not None:
+        from meshwright.groups import rank_facts
+        from meshwright.plan import resolve
+        from meshwright.terminal.groups import show_rank
+
+        plan = resolve(deployment)
+        facts, defaults = rank_facts(plan, rank), plan.defaults
+        findings = list(cluster_findings(plan.cluster, plan.layout))
+        present(facts.document, lambda console: show_rank(plan, facts, findings, console), as_json, output)
+    else:
+        from meshwright.groups import group_tables
+        from meshwright.plan import resolve_layout
+        from meshwright.terminal.groups import show_groups
+
+        cluster, defaults = deployment.cluster.resolve()
+        layout, chosen = resolve_layout(deployment.layout, cluster, deployment.policy.schedule)
+        defaults |= chosen
+        findings = list(cluster_findings(cluster, layout))
+        present(
+            lambda: group_tables(layout),
+            lambda console: show_groups(deployment.name, cluster, layout, defaults, findings, console),
+            as_json,
+            output,
+        )
+    if as_json:
+        tell(defaults, findings)
+
+
+@app.command()
+def schema(as_json: Json = False, output: Output = None) -> None:
+    """Print the JSON schema of deployment files, for editors."""
+    from meshwright.deployment import Deployment
+    from meshwright.files import json_schema
+
+    deliver(json.dumps(json_schema(Deployment), indent=2, ensure_ascii=False) + "\n", output)
+
+
+def read(file: str, overrides: list[str] | None, output: str | None) -> Deployment:
+    """The deployment in a file. Raises InputError also where the output would overwrite it."""
+    from meshwright.deployment import read_deployment
+
+    if output and os.path.exists(output) and os.path.exists(file) and os.path.samefile(output, file):
+        raise InputError("--output", output, "the file that is read would be overwritten")
+    return read_deployment(file, overrides or ())
+
+
+def present(
+    document: Callable[[], Mapping[str, Any]],
+    show: Callable[[Console], None],
+    as_json: bool,
+    output: str | None,
+) -> None:
+    """Deliver a result in the form that was asked for; the form that was not is never built."""
+    if as_json:
+        deliver(json.dumps(document(), ensure_ascii=False, allow_nan=False) + "\n", output)
+        return
+    from meshwright.terminal import rendered
+
+    deliver(rendered(show, is_terminal=output is None and sys.stdout.isatty()), output)
+
+
+def deliver(text: str, output: str | None = None) -> None:
+    """Print a whole output, or write it to a file whole or not at all."""
+    if output is not None:
+        from meshwright.files import write_text
+
+        write_text(output, text)
+        return
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered must find a place to go, or the interpreter complains when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(BROKEN_PIPE) from None
+
+
+def tell(defaults: Mapping[str, str], findings: Iterable[Finding]) -> None:
+    """Say on stderr, where stdout carries JSON, which defaults were used and what is worth knowing."""
+    for key, why in defaults.items():
+        say(f"default: {key} = {why}")
+    for finding in findings:
+        say(f"{finding.level}: {finding.raised()}")
+
+
+def say(message: str) -> None:
+    """Print one line on stderr, whatever the message holds: names and values in it come from outside."""
+    print(printable(message), file=sys.stderr)
