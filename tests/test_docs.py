@@ -1,0 +1,202 @@
+"""The pages are true: their deployments decode, their commands exist, their figures are the computed ones."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from meshwright.cost.memory import memory
+from meshwright.deployment import deployment_from
+from meshwright.files import parse_yaml
+from meshwright.ir.parameters import count_parameters
+from meshwright.ir.program import Program, lower
+from meshwright.ir.schedule import bubble_slots, build_schedule, peak_in_flight
+from meshwright.ir.sharding import local_numel
+from meshwright.ir.tasks import CommTask
+from meshwright.plan import resolve
+from meshwright.policy import SCHEDULES
+from meshwright.verify import verify
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE_COMMAND = re.compile(r"`(meshwright [^`]+)`")
+HOW_IT_WORKS = ROOT / "docs" / "how-it-works.md"
+
+
+def fences(page: Path, *languages: str) -> list[str]:
+    """The fenced blocks of a page in some languages."""
+    return [text for language, text in FENCE.findall(page.read_text("utf-8")) if language in languages]
+
+
+def deployments(page: Path) -> list[str]:
+    """The YAML blocks of a page that hold a whole deployment."""
+    blocks = fences(page, "yaml")
+    return [
+        text for text in blocks if re.search(r"^cluster:", text, re.M) and re.search(r"^model:", text, re.M)
+    ]
+
+
+def command_lines(page: Path) -> list[str]:
+    """Every command line of meshwright on a page: in fenced blocks, after a prompt, or in running text."""
+    text = page.read_text("utf-8")
+    lines = [line.strip() for block in FENCE.findall(text) for line in block[1].splitlines()]
+    lines = [re.sub(r"^(\$ |.*/bin/)", "", line).split(" #")[0].strip() for line in lines]
+    found = [line for line in lines if re.match(r"meshwright( [a-z-]|$)", line)]
+    return found + INLINE_COMMAND.findall(FENCE.sub("", text))
+
+
+def ids(pages: list[tuple[Path, str]]) -> list[str]:
+    """Names of test cases: the page and the first words."""
+    return [f"{page.relative_to(ROOT)}: {' '.join(text.split())[:60]}" for page, text in pages]
+
+
+DEPLOYMENTS = [(page, text) for page in PAGES for text in deployments(page)]
+COMMANDS = [(page, line) for page in PAGES for line in dict.fromkeys(command_lines(page))]
+
+
+@pytest.mark.parametrize(("page", "text"), DEPLOYMENTS, ids=ids(DEPLOYMENTS))
+def test_deployments_decode(page: Path, text: str) -> None:
+    resolve(deployment_from(parse_yaml(text, page.name), ROOT))
+
+
+def test_pages_show_deployments_and_commands() -> None:
+    assert {page.name for page, _ in DEPLOYMENTS} >= {"README.md", "quickstart.md", "how-it-works.md"}
+    assert {page.name for page, _ in COMMANDS} >= {"README.md", "quickstart.md"}
+
+
+@cache
+def help_of(command: str) -> str:
+    """What `meshwright COMMAND --help` prints. Fails for a command that does not exist."""
+    done = subprocess.run(
+        [sys.executable, "-m", "meshwright", *([command] if command else []), "--help"],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, f"meshwright {command}: {done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=ids(COMMANDS))
+def test_commands_exist(page: Path, line: str) -> None:
+    words = shlex.split(line)[1:]
+    command = words[0] if words and not words[0].startswith("-") else ""
+    known = help_of(command)
+    for word in words[1 if command else 0 :]:
+        if word.startswith("-"):
+            assert re.search(rf"(?<![\w-]){re.escape(word.split('=')[0])}(?![\w-])", known), (
+                f"{word} in {line}"
+            )
+        elif word.startswith("examples/"):
+            assert (ROOT / word).is_file(), word
+
+
+def test_links_between_pages_and_files_lead_somewhere() -> None:
+    broken = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", FENCE.sub("", page.read_text("utf-8"))):
+            if not re.match(r"[a-z]+:", target) and not (page.parent / target).exists():
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert broken == []
+
+
+def test_every_decision_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text("utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert str(page.relative_to(ROOT / "docs")) in navigation
+
+
+# The worked example: every figure on the page is the computed one.
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    """The deployment of docs/how-it-works.md, lowered."""
+    (text,) = deployments(HOW_IT_WORKS)
+    plan = resolve(deployment_from(parse_yaml(text), ROOT))
+    assert verify(plan) == []
+    return lower(plan)
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return HOW_IT_WORKS.read_text("utf-8")
+
+
+def test_worked_parameters(program: Program, page: str) -> None:
+    model, layout = program.plan.model, program.plan.layout
+    counts = count_parameters(model)
+    stage = program.stages[0]
+    layer = [param for param in stage.params if param.name.startswith("layers.0.")]
+    experts = [param for param in layer if param.is_expert]
+    figures = [
+        counts.total,
+        counts.active,
+        counts.by_part["embedding"],
+        sum(param.numel for param in layer),
+        sum(param.numel for param in experts),
+        sum(local_numel(param, layout) for param in layer if not param.is_expert),
+        sum(local_numel(param, layout) for param in experts),
+        local_numel(stage.params[0], layout),
+        sum(local_numel(param, layout) for param in stage.params),
+    ]
+    assert [n for n in figures if f"{n:,}" not in page] == []
+
+
+def test_worked_layout(program: Program, page: str) -> None:
+    layout = program.plan.layout
+    for axis, view in (("tp", "dense"), ("dp", "dense"), ("ep", "expert"), ("edp", "expert")):
+        groups = [group for group in layout.groups(axis, view) if max(group) < 8]  # type: ignore[arg-type]
+        assert f"| `{axis}` | {' '.join(map(str, groups))} |" in page
+    for rank in (0, 1, 5, 14):
+        dense, expert = (layout.coordinates(rank, view).values() for view in ("dense", "expert"))  # type: ignore[arg-type]
+        assert f"| {rank} | {', '.join(map(str, dense))} | {', '.join(map(str, expert))} |" in page
+
+
+def test_worked_memory(program: Program, page: str) -> None:
+    first, last = memory(program)
+    gpu_bytes = program.plan.cluster.gpu.memory
+    layer = program.stages[0].blocks[1]
+    figures = [first.line(name) for name in ("weights", "gradients", "optimizer states", "activations")]
+    figures += [layer.saved_bytes, sum(block.saved_bytes for block in program.stages[0].blocks)]
+    shown = [f"{n:,}" for n in figures]
+    shown += [f"{size / 1e9:.1f} GB" for size in (first.total_bytes, last.total_bytes, gpu_bytes)]
+    unit_bytes = 2048 * program.plan.model.hidden_size * program.plan.workload.compute_bytes
+    shown.append(f"**{layer.saved_bytes / unit_bytes:.2f}**")
+    policy = program.plan.policy.model_copy(update={"engine": "megatron"})
+    fused = lower(program.plan.model_copy(update={"policy": policy})).stages[0].blocks[1]
+    shown.append(f"{fused.saved_bytes / unit_bytes:.2f} units")
+    assert [text for text in shown if text not in page] == []
+    assert (first.num_in_flight, last.num_in_flight) == (2, 1)
+
+
+def test_worked_collectives(program: Program, page: str) -> None:
+    section = page.split("## 6.")[1].split("## 7.")[0]
+    block = program.stages[0].blocks[1]
+    tasks = [task for task in block.tasks if isinstance(task, CommTask) and task.phase == "forward"]
+    rows = [line for line in section.splitlines() if re.match(r"\| [^|]+ \| `", line)]
+    assert len(rows) == len(tasks)
+    for row, task in zip(rows, tasks, strict=True):
+        size = f"{task.bytes / 1e6:.1f} MB" if task.bytes > 1e6 else f"{task.bytes:,} bytes"
+        assert f"| `{task.axis}` |" in row, (row, task)
+        assert row.removesuffix(" |").endswith(size), (row, task)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_worked_schedules(name: str, program: Program, page: str) -> None:
+    schedule = build_schedule(name, program.plan.layout.pp, program.plan.num_micro_batches)  # type: ignore[arg-type]
+    (idle,) = set(bubble_slots(schedule))
+    chunks, held = len(schedule.stages_of_rank[0]), sum(peak_in_flight(schedule)[0])
+    in_flight = f"{held} chunks" if chunks > 1 else f"{held}"
+    assert f"| {name} | {chunks} | {100 * idle:.2f}% | {in_flight} |" in page

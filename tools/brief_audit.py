@@ -1,0 +1,66 @@
+"""Write docs/brief-audit.md: every figure of examples/brief.yaml with its verdict, and what can exist.
+
+Run with --check to fail when the page is not what the code and the examples give today.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import jinja2
+
+from meshwright.audit import audit
+from meshwright.deployment import read_deployment
+from meshwright.units import BYTES
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "brief-audit.md"
+SIGNS = {"holds": "✓ holds", "fails": "✗ fails", "undetermined": "? undetermined"}
+
+
+def page() -> str:
+    """The whole page, from the template beside this file."""
+    brief = audit(read_deployment(ROOT / "examples" / "brief.yaml"))
+    variant = audit(read_deployment(ROOT / "examples" / "brief-30b.yaml"))
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, autoescape=False)
+    environment.filters["cell"] = _cell
+    template = environment.get_template("brief_audit.md.j2")
+    names = {line.name: line for rank in reversed(brief.memory) for line in reversed(rank.lines)}
+    return template.render(
+        brief=brief,
+        variant=variant,
+        counts=brief.counts(),
+        lines=list(reversed(names.values())),
+        peak=max(variant.memory, key=lambda rank: rank.total_bytes),
+        signs=SIGNS,
+        size=BYTES.format,
+        words=_words,
+    )
+
+
+def _cell(text: str) -> str:
+    """Text as one table cell of Markdown."""
+    return text.replace("|", "\\|").replace("*", "\\*")
+
+
+def _words(degrees: Mapping[str, int]) -> str:
+    return ", ".join(f"{axis.upper()} {degrees[axis]}" for axis in ("tp", "pp", "dp", "ep"))
+
+
+def main() -> int:
+    """Write the page, or with --check compare it. Exit status 1 when it is stale."""
+    text = page() + "\n"
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(text, "utf-8")
+        return 0
+    if not PAGE.exists() or PAGE.read_text("utf-8") != text:
+        print(f"{PAGE.relative_to(ROOT)} is stale; run `make docs`", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
