@@ -14,6 +14,7 @@ import pytest
 
 from meshwright.cost.memory import memory
 from meshwright.deployment import deployment_from
+from meshwright.errors import InputError
 from meshwright.files import parse_yaml
 from meshwright.ir.parameters import count_parameters
 from meshwright.ir.program import Program, lower
@@ -100,6 +101,16 @@ def test_commands_exist(page: Path, line: str) -> None:
             )
         elif word.startswith("examples/"):
             assert (ROOT / word).is_file(), word
+
+
+def test_the_error_of_the_quickstart_is_the_real_one() -> None:
+    (line,) = re.findall(r"^error: (.*)$", (ROOT / "docs" / "quickstart.md").read_text("utf-8"), re.M)
+    gpu = {"memory": 64, "memory_bandwidth": "3 TB/s", "peak": {"bf16": "400 TFLOP/s"}}
+    workload = {"global_batch_size": 64, "sequence_length": 4096}
+    document = {"cluster": {"nodes": 2, "gpu": gpu}, "model": "qwen3-30b-a3b", "workload": workload}
+    with pytest.raises(InputError) as caught:
+        deployment_from(document, ROOT)
+    assert str(caught.value) == line
 
 
 def test_links_between_pages_and_files_lead_somewhere() -> None:

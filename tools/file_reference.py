@@ -46,8 +46,7 @@ A deployment is one YAML (or JSON) file. This page lists every key, from the mod
 FORMS = {
     "cluster": "`local` (the machine at hand, one process per core), `{local: 8}`, or nodes of GPUs.",
     "cluster.gpu": "A [catalogue name](#gpus), or the figures inline:",
-    "model": "A [catalogue name](#models), `{config: path/to/config.json}`, the content of a Hugging Face "
-    "`config.json`, or these fields inline:",
+    "model": "A [catalogue name](#models), or one of these forms:",
     "workload.sequence_length": "A number of tokens, or one of these forms. `{histogram: file}` reads "
     "`length,count` lines.",
     "workload.routing": "`balanced`, or one of these forms:",
@@ -136,7 +135,7 @@ def _sections(schema: Schema, path: str, names: list[str]) -> Iterator[str]:
         yield ""
     for node in nodes:
         if len(nodes) > 1:
-            yield f"With `{next(iter(node['properties']))}`:"
+            yield f"With `{next(iter(node.get('required') or node['properties']))}`:"
             yield ""
         yield from _noun(node, path)
     for node in nodes:
@@ -204,7 +203,7 @@ def _one_value(node: Schema, path: str) -> str:
     if kind == "string" and "examples" in node:
         return f"{node['description']}, as `{node['examples'][0]}`"
     if kind == "integer" or (kind == "number" and node.get("multipleOf") == 1):
-        return "count, 0 allowed" if node.get("minimum") == 0 else "count"
+        return "count or 0" if node.get("minimum") == 0 else "count"
     return {"boolean": "`true` · `false`", "string": "text", "number": "number"}.get(str(kind), "any value")
 
 

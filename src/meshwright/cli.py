@@ -95,34 +95,49 @@ def groups(
 ) -> None:
     """List which ranks form each parallel group, and what links they cross."""
     deployment = read(file, overrides, output)
+    if rank is None:
+        _all_groups(deployment, as_json, output)
+    else:
+        _groups_of_rank(deployment, rank, as_json, output)
+
+
+def _all_groups(deployment: Deployment, as_json: bool, output: str | None) -> None:
+    from meshwright.groups import group_tables
+    from meshwright.plan import resolve_layout
     from meshwright.verify import cluster_findings
 
-    if rank is not None:
-        from meshwright.groups import rank_facts
-        from meshwright.plan import resolve
-        from meshwright.terminal.groups import show_rank
+    cluster, defaults = deployment.cluster.resolve()
+    layout, chosen = resolve_layout(deployment.layout, cluster, deployment.policy.schedule)
+    defaults = {**defaults, **chosen}
+    findings = list(cluster_findings(cluster, layout))
 
-        plan = resolve(deployment)
-        facts, defaults = rank_facts(plan, rank), plan.defaults
-        findings = list(cluster_findings(plan.cluster, plan.layout))
-        present(facts.document, lambda console: show_rank(plan, facts, findings, console), as_json, output)
-    else:
-        from meshwright.groups import group_tables
-        from meshwright.plan import resolve_layout
+    def show(console: Console) -> None:
         from meshwright.terminal.groups import show_groups
 
-        cluster, defaults = deployment.cluster.resolve()
-        layout, chosen = resolve_layout(deployment.layout, cluster, deployment.policy.schedule)
-        defaults |= chosen
-        findings = list(cluster_findings(cluster, layout))
-        present(
-            lambda: group_tables(layout),
-            lambda console: show_groups(deployment.name, cluster, layout, defaults, findings, console),
-            as_json,
-            output,
-        )
+        show_groups(deployment.name, cluster, layout, defaults, findings, console)
+
+    present(lambda: group_tables(layout), show, as_json, output)
     if as_json:
         tell(defaults, findings)
+
+
+def _groups_of_rank(deployment: Deployment, rank: int, as_json: bool, output: str | None) -> None:
+    from meshwright.groups import rank_facts
+    from meshwright.plan import resolve
+    from meshwright.verify import cluster_findings
+
+    plan = resolve(deployment)
+    facts = rank_facts(plan, rank)
+    findings = list(cluster_findings(plan.cluster, plan.layout))
+
+    def show(console: Console) -> None:
+        from meshwright.terminal.groups import show_rank
+
+        show_rank(plan, facts, findings, console)
+
+    present(facts.document, show, as_json, output)
+    if as_json:
+        tell(plan.defaults, findings)
 
 
 @app.command()

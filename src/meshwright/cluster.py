@@ -177,7 +177,7 @@ def _check_tiers(cluster: Cluster) -> None:
     total, per_node, inner = cluster.num_gpus, cluster.gpus_per_node, 1
     for position, link in enumerate(cluster.links):
         key, size = f"links[{position}].gpus", cluster.tier_size(position)
-        if size < inner or (size < total and size % inner):
+        if size < total and size % inner:
             rule = f"tiers stand innermost first: each joins a multiple of the {inner} GPUs of the one inside"
             raise InputError(key, link.gpus, rule, [inner, 2 * inner, 4 * inner])
         if size < total and size % per_node and per_node % size:

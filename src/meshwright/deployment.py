@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from meshwright.claims import Claims
 from meshwright.cluster import ClusterRequest, LocalRequest, read_cluster
@@ -34,12 +35,37 @@ class Training(Noun):
     tokenizer: str = "bytes"
 
 
+class ConfigFile(Noun):
+    """A model given as a Hugging Face `config.json`, by its path from the deployment file."""
+
+    config: str
+
+
+class HuggingFaceConfig(BaseModel):
+    """A model given as the content of a Hugging Face `config.json`; its family says which keys it has."""
+
+    model_config = ConfigDict(extra="allow")
+    model_type: str
+
+
+_CLUSTER_FORMS = ClusterRequest | LocalRequest | Literal["local"]
+# What editors accept under `model`; `read_model` has turned it into a Model before pydantic sees it.
+_MODEL_FORMS = str | ConfigFile | HuggingFaceConfig | Model
+
+
+def _as_it_is(value: object) -> object:
+    return value
+
+
 class Deployment(Noun):
     """A deployment as a file states it: what is given is kept, what is missing is chosen later."""
 
     name: str = "deployment"
-    cluster: Annotated[ClusterRequest | LocalRequest, BeforeValidator(read_cluster)]
-    model: Model
+    cluster: Annotated[
+        ClusterRequest | LocalRequest,
+        BeforeValidator(read_cluster, json_schema_input_type=_CLUSTER_FORMS),
+    ]
+    model: Annotated[Model, BeforeValidator(_as_it_is, json_schema_input_type=_MODEL_FORMS)]
     workload: Workload
     layout: LayoutRequest = LayoutRequest()
     policy: PolicyRequest = PolicyRequest()
@@ -60,24 +86,27 @@ def deployment_from(document: dict[str, Any], folder: Path) -> Deployment:
         changed["model"] = read_model(changed["model"], folder)
     workload = changed.get("workload")
     if isinstance(workload, dict):
-        length = workload.get("sequence_length")
+        routing, length = workload.get("routing"), workload.get("sequence_length")
         if isinstance(length, dict) and isinstance(length.get("histogram"), str):
-            counts = read_length_histogram(folder / length["histogram"])
-            changed["workload"] = {**workload, "sequence_length": {"counts": counts}}
+            counts = read_counts(folder / length["histogram"], ("length", "count"))
+            changed["workload"] = workload = {**workload, "sequence_length": {"counts": counts}}
+        if isinstance(routing, dict) and isinstance(routing.get("histogram"), str):
+            tokens = read_counts(folder / routing["histogram"], ("layer", "expert", "tokens"))
+            changed["workload"] = {**workload, "routing": {"tokens": tokens}}
     return decode(Deployment, changed)
 
 
-def read_length_histogram(path: Path) -> list[tuple[int, int]]:
-    """Sequence lengths and how often each occurs, from a file of `length,count` lines."""
-    counts: list[tuple[int, int]] = []
-    for number, row in enumerate(csv.reader(read_text(path).splitlines()), 1):
-        if not row or row[0].strip().startswith("#") or (number == 1 and row[0].strip() == "length"):
+def read_counts(path: Path, columns: tuple[str, ...]) -> list[tuple[int, ...]]:
+    """Whole numbers from a file of comma-separated lines, one per column; a heading may stand first."""
+    rows: list[tuple[int, ...]] = []
+    form = ",".join(columns)
+    for number, cells in enumerate(csv.reader(read_text(path).splitlines()), 1):
+        words = [cell.strip() for cell in cells]
+        if not words or words[0].startswith("#") or (number == 1 and words == list(columns)):
             continue
-        if len(row) != 2 or not all(cell.strip().isdecimal() and len(cell.strip()) < 16 for cell in row):
-            raise InputError(
-                f"{path} line {number}", ",".join(row), "a line holds length,count", ["4096,120"]
-            )
-        counts.append((int(row[0]), int(row[1])))
-    if not counts:
-        raise InputError(str(path), "empty", "a histogram has at least one line", ["4096,120"])
-    return counts
+        if len(words) != len(columns) or not all(re.fullmatch(r"[0-9]{1,15}", word) for word in words):
+            raise InputError(f"{path} line {number}", ",".join(cells), f"a line holds {form}", [form])
+        rows.append(tuple(int(word) for word in words))
+    if not rows:
+        raise InputError(str(path), "empty", f"at least one line of {form}")
+    return rows

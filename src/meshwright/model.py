@@ -12,7 +12,7 @@ from meshwright.files import Noun
 from meshwright.layout import nearest_divisors
 from meshwright.units import Count, CountOrZero, Number
 
-MAX_LAYERS = 4096
+MAX_LAYERS = 1024
 MAX_EXPERTS = 65_536
 MAX_WIDTH = 2**24
 MAX_PARAMETERS = 1e18
@@ -313,6 +313,10 @@ class Model(Noun):
     def is_moe_layer(self, layer: int) -> bool:
         """Whether a layer (from 0) holds experts."""
         return layer not in self.dense_layers
+
+    def layer_kind(self, layer: int) -> tuple[bool, bool]:
+        """Whether a layer holds experts and whether its attention has a window: equal kinds, equal layers."""
+        return self.is_moe_layer(layer), layer in self.sliding_window_layers
 
     @property
     def num_dense_layers(self) -> int:

@@ -8,13 +8,17 @@ from pydantic import BeforeValidator, model_validator
 
 from meshwright.errors import InputError
 from meshwright.files import Noun, choice
-from meshwright.units import Count, Number, parse_count
+from meshwright.units import Count, CountOrZero, Number, parse_count
 
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 Optimizer = Literal["adamw", "sgd"]
 
 COMPUTE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
 """Bytes of a weight or activation between ops. fp8 recipes keep bf16 there and cast around each matmul."""
+
+
+MAX_BATCH_SIZE = 2**24
+MAX_SEQUENCE_LENGTH = 2**24
 
 
 class LengthRange(Noun):
@@ -44,11 +48,23 @@ class LengthCounts(Noun):
 
     counts: tuple[tuple[Count, Count], ...]
 
+    @model_validator(mode="after")
+    def _not_empty(self) -> LengthCounts:
+        if not self.counts:
+            raise InputError("counts", [], "at least one length with its count", ["[[4096, 1]]"])
+        return self
+
 
 class Zipf(Noun):
     """Expert loads that fall as rank^−zipf."""
 
     zipf: Number
+
+    @model_validator(mode="after")
+    def _not_negative(self) -> Zipf:
+        if not 0 <= self.zipf <= 10:
+            raise InputError("zipf", self.zipf, "an exponent between 0 (even) and 10", [0.4])
+        return self
 
 
 class Lognormal(Noun):
@@ -56,11 +72,23 @@ class Lognormal(Noun):
 
     lognormal: Number
 
+    @model_validator(mode="after")
+    def _not_negative(self) -> Lognormal:
+        if not 0 <= self.lognormal <= 10:
+            raise InputError("lognormal", self.lognormal, "a sigma between 0 (even) and 10", [0.5])
+        return self
+
 
 class RoutingHistogram(Noun):
     """Expert loads counted in a file of `layer,expert,tokens` lines."""
 
     histogram: str
+
+
+class RoutingCounts(Noun):
+    """Tokens by layer and expert: what a routing histogram becomes inside a plan."""
+
+    tokens: tuple[tuple[CountOrZero, CountOrZero, CountOrZero], ...]
 
 
 def _read_length(value: object) -> object:
@@ -76,17 +104,24 @@ def _read_length(value: object) -> object:
 
 
 def _read_routing(value: object) -> object:
-    forms: dict[str, type[Noun]] = {"zipf": Zipf, "lognormal": Lognormal, "histogram": RoutingHistogram}
+    forms: dict[str, type[Noun]] = {
+        "zipf": Zipf,
+        "lognormal": Lognormal,
+        "histogram": RoutingHistogram,
+        "tokens": RoutingCounts,
+    }
     if isinstance(value, dict):
         return choice(value, forms, "balanced")
-    if value == "balanced" or isinstance(value, Zipf | Lognormal | RoutingHistogram):
+    if value == "balanced" or isinstance(value, Zipf | Lognormal | RoutingHistogram | RoutingCounts):
         return value
     near = ["balanced", "{zipf: 0.4}", "{lognormal: 0.5}", "{histogram: file}"]
     raise InputError("value", value, "not a kind of routing", near)
 
 
 SequenceLength = Annotated[int | LengthRange | LengthHistogram | LengthCounts, BeforeValidator(_read_length)]
-Routing = Annotated[Literal["balanced"] | Zipf | Lognormal | RoutingHistogram, BeforeValidator(_read_routing)]
+Routing = Annotated[
+    Literal["balanced"] | Zipf | Lognormal | RoutingHistogram | RoutingCounts, BeforeValidator(_read_routing)
+]
 
 
 class Workload(Noun):
@@ -97,6 +132,17 @@ class Workload(Noun):
     precision: Precision = "bf16"
     optimizer: Optimizer = "adamw"
     routing: Routing = "balanced"
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Workload:
+        if self.global_batch_size > MAX_BATCH_SIZE:
+            rule = f"at most {MAX_BATCH_SIZE:,} sequences"
+            raise InputError("global_batch_size", self.global_batch_size, rule, [MAX_BATCH_SIZE])
+        known = not isinstance(self.sequence_length, LengthHistogram)
+        if known and self.max_sequence_length > MAX_SEQUENCE_LENGTH:
+            rule = f"at most {MAX_SEQUENCE_LENGTH:,} tokens"
+            raise InputError("sequence_length", self.max_sequence_length, rule, [MAX_SEQUENCE_LENGTH])
+        return self
 
     @property
     def max_sequence_length(self) -> int:

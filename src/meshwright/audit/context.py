@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from meshwright.audit.repair import Repair, is_possible, nearest_layouts
+from meshwright.audit.repair import AXES, Repair, broken_rules, nearest_layouts
 from meshwright.claims import Claims, Figure
 from meshwright.cluster import Cluster
 from meshwright.cost.memory import RankMemory, memory, worst
 from meshwright.deployment import Deployment
 from meshwright.errors import InputError
+from meshwright.files import decode
 from meshwright.ir.parameters import ParameterCounts, count_parameters
 from meshwright.ir.program import Program, lower, model_flops
 from meshwright.ir.schedule import require_buildable
@@ -20,6 +21,7 @@ from meshwright.model import Model
 from meshwright.plan import Plan, resolve_layout, resolve_policy
 from meshwright.policy import PolicyRequest
 from meshwright.units import SECONDS
+from meshwright.verify import Finding
 from meshwright.workload import Workload
 
 
@@ -36,8 +38,10 @@ class Context:
     defaults: Mapping[str, str]
     stated: Mapping[str, int]
     num_micro_batches: int
+    broken_rules: tuple[Finding, ...]
     repairs: tuple[Repair, ...]
     _plans: dict[tuple[int, int | None], tuple[Plan, Program]] = field(default_factory=dict)
+    _memories: dict[tuple[int, int | None], tuple[RankMemory, ...]] = field(default_factory=dict)
 
     @property
     def model(self) -> Model:
@@ -57,7 +61,7 @@ class Context:
     @property
     def possible(self) -> bool:
         """Whether the stated layout can exist on this cluster."""
-        return is_possible(self.model, self.cluster, self.stated, self.workload.global_batch_size)
+        return not self.broken_rules
 
     @cached_property
     def parameters(self) -> ParameterCounts:
@@ -68,9 +72,7 @@ class Context:
     def layout(self) -> Layout | None:
         """The stated layout where it can exist, else the nearest that can; None where nothing can."""
         if self.possible:
-            return Layout(
-                **{axis: self.stated[axis] for axis in ("tp", "cp", "dp", "pp", "vpp", "ep", "etp")}
-            )
+            return Layout(**{axis: self.stated[axis] for axis in AXES})
         return self.repairs[0].layout if self.repairs else None
 
     @property
@@ -93,11 +95,10 @@ class Context:
         layout = self.layout
         if layout is None:
             raise InputError("layout", dict(self.stated), "no layout of this model fills this cluster")
-        length = figure.at.sequence_length or self.workload.max_sequence_length
-        key = (length, figure.at.micro_batch_size)
+        key = self._key(figure)
         if key not in self._plans:
             plan = self.plan_on(layout, figure.at.micro_batch_size)
-            self._plans[key] = (plan, lower(plan, length))
+            self._plans[key] = (plan, lower(plan, key[0]))
         return self._plans[key]
 
     def plan_on(self, layout: Layout, micro_batch_size: int | None = None) -> Plan:
@@ -121,19 +122,29 @@ class Context:
 
     def _with_policy(self, deployment: Deployment, layout: Layout, request: PolicyRequest) -> Plan:
         policy, _ = resolve_policy(deployment.model_copy(update={"policy": request}), layout)
-        return Plan(
-            name=deployment.name,
-            cluster=self.cluster,
-            model=self.model,
-            workload=deployment.workload,
-            layout=layout,
-            policy=policy,
-        )
+        fields = {
+            "name": deployment.name,
+            "cluster": self.cluster,
+            "model": self.model,
+            "workload": deployment.workload,
+            "layout": layout,
+            "policy": policy,
+        }
+        return decode(Plan, fields)
+
+    def _key(self, figure: Figure) -> tuple[int, int | None]:
+        return figure.at.sequence_length or self.workload.max_sequence_length, figure.at.micro_batch_size
+
+    def memory_for(self, figure: Figure) -> tuple[RankMemory, ...]:
+        """Memory of every pipeline rank, for the workload that a figure speaks of."""
+        key = self._key(figure)
+        if key not in self._memories:
+            self._memories[key] = memory(self.plan_for(figure)[1])
+        return self._memories[key]
 
     def worst_memory(self, figure: Figure) -> RankMemory:
         """Memory of the pipeline rank that needs most, for the workload that a figure speaks of."""
-        _, program = self.plan_for(figure)
-        return worst(memory(program))
+        return worst(self.memory_for(figure))
 
     def compute_bound_s(self, sequence_length: int, efficiency: float = 1.0) -> float:
         """Seconds that the FLOPs of one step alone take on all GPUs at a share of their peak."""
@@ -171,13 +182,14 @@ def context_of(deployment: Deployment) -> Context:
     count = claimed.num_micro_batches or _micro_batches(deployment, stated["dp"])
     batch = deployment.workload.global_batch_size
     repairs: list[Repair] = []
-    if not is_possible(deployment.model, cluster, stated, batch):
+    broken = broken_rules(deployment.model, cluster, stated, batch)
+    if broken:
         repairs = nearest_layouts(
             deployment.model, cluster, stated, batch, lambda layout: _kept(deployment, stated, layout)
         )
     _, policy_defaults = _policy_defaults(deployment, repairs[0].layout if repairs else None, stated)
     used = {**defaults, **layout_defaults, **policy_defaults}
-    return Context(deployment, cluster, used, stated, count, tuple(repairs))
+    return Context(deployment, cluster, used, stated, count, tuple(broken), tuple(repairs))
 
 
 def _stated_degrees(deployment: Deployment, cluster: Cluster) -> tuple[dict[str, int], dict[str, str]]:
@@ -207,7 +219,7 @@ def _policy_defaults(
     layout = repaired
     if layout is None:
         try:
-            layout = Layout(**{a: stated[a] for a in ("tp", "cp", "dp", "pp", "vpp", "ep", "etp")})
+            layout = Layout(**{a: stated[a] for a in AXES})
         except ValueError:
             return None, {}
     try:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from math import log2
 
 from meshwright.cluster import Cluster
-from meshwright.layout import Layout, divisors
+from meshwright.errors import InputError
+from meshwright.files import decode
+from meshwright.layout import Layout, divisors, nearest_divisors
 from meshwright.model import Model
-from meshwright.verify import layout_findings
+from meshwright.verify import Finding, cluster_findings, layout_findings
 
+AXES = ("tp", "cp", "dp", "pp", "vpp", "ep", "etp")
 REPAIRED_AXES = ("tp", "pp", "dp", "ep", "cp")
 
 
@@ -36,10 +39,17 @@ class Repair:
         }
 
 
-def is_possible(model: Model, cluster: Cluster, degrees: Mapping[str, int], batch: int) -> bool:
-    """Whether degrees can exist as they are: they divide the model, the batch, and fill the cluster."""
-    layout = _layout(degrees)
-    return layout is not None and layout.world_size == cluster.num_gpus and _fits(model, layout, batch)
+def broken_rules(model: Model, cluster: Cluster, degrees: Mapping[str, int], batch: int) -> list[Finding]:
+    """Every rule that keeps degrees from existing as they are: none when they can."""
+    try:
+        layout = decode(Layout, {axis: degrees[axis] for axis in AXES}, "layout")
+    except InputError as error:
+        return [Finding(error.key, error.value, error.rule, error.nearest)]
+    findings = [*cluster_findings(cluster, layout), *layout_findings(model, layout)]
+    if batch % layout.dp:
+        rule = f"must divide the global batch of {batch} sequences"
+        findings.append(Finding("layout.dp", layout.dp, rule, tuple(nearest_divisors(batch, layout.dp))))
+    return [finding for finding in findings if finding.level == "error"]
 
 
 def nearest_layouts(
@@ -93,7 +103,7 @@ def _candidates(model: Model, cluster: Cluster, stated: Mapping[str, int]) -> It
 
 def _layout(degrees: Mapping[str, int]) -> Layout | None:
     try:
-        return Layout(**{axis: degrees[axis] for axis in ("tp", "cp", "dp", "pp", "vpp", "ep", "etp")})
+        return Layout(**{axis: degrees[axis] for axis in AXES})
     except ValueError:  # pydantic wraps the rule on etp·ep, and a world beyond the cap
         return None
 

@@ -62,7 +62,7 @@ class AuditReport:
     name: str
     title: str
     claims: tuple[Checked, ...]
-    possible: bool
+    broken_rules: tuple[Finding, ...]
     stated_layout: Mapping[str, int]
     nearest_layouts: tuple[Repair, ...]
     parameters: ParameterCounts
@@ -73,6 +73,11 @@ class AuditReport:
     findings: tuple[Finding, ...]
     defaults: Mapping[str, str]
     assumptions: Mapping[str, str]
+
+    @property
+    def possible(self) -> bool:
+        """Whether the stated layout can exist on the cluster."""
+        return not self.broken_rules
 
     @property
     def holds(self) -> bool:
@@ -91,16 +96,28 @@ class AuditReport:
         return {
             "name": self.name,
             "claims": [checked.document() for checked in self.claims],
-            "layout": {"stated": dict(self.stated_layout), "possible": self.possible},
+            "layout": {
+                "stated": dict(self.stated_layout),
+                "possible": self.possible,
+                "broken_rules": [_finding_document(finding) for finding in self.broken_rules],
+            },
             "nearest_layouts": [repair.document() for repair in self.nearest_layouts],
             "parameters": {"total": counts.total, "active": counts.active, "by_part": counts.by_part},
             "memory_by_stage": [_memory_document(rank) for rank in self.memory],
-            "findings": [
-                {"key": f.key, "value": f.value, "rule": f.rule, "level": f.level} for f in self.findings
-            ],
+            "findings": [_finding_document(finding) for finding in self.findings],
             "defaults": dict(self.defaults),
             "assumptions": dict(self.assumptions),
         }
+
+
+def _finding_document(finding: Finding) -> dict[str, Any]:
+    return {
+        "key": finding.key,
+        "value": finding.value,
+        "rule": finding.rule,
+        "nearest": list(finding.nearest),
+        "level": finding.level,
+    }
 
 
 def _memory_document(rank: RankMemory) -> dict[str, Any]:
@@ -125,19 +142,20 @@ def audit(deployment: Deployment) -> AuditReport:
     findings: tuple[Finding, ...] = ()
     words = ""
     if ctx.layout is not None:
-        plan, program = ctx.plan_for(Figure(id="total_memory", value="1 B"))
+        whole = Figure(id="total_memory", value="1 B")
+        plan, _ = ctx.plan_for(whole)
         findings = tuple(verify(plan))
         length = ctx.workload.max_sequence_length
         which = "the stated layout" if ctx.possible else "the nearest possible layout"
         size = plan.policy.micro_batch_size
         words = f"{which}, {ctx.layout_words}, micro-batch {size} at {length:,} tokens"
         with suppress(InputError):  # a schedule that cannot be built is among the findings
-            ranks = memory(program)
+            ranks = ctx.memory_for(whole)
     return AuditReport(
         name=deployment.name,
         title=ctx.claims.document or deployment.name,
         claims=tuple(check(ctx, figure) for figure in figures),
-        possible=ctx.possible,
+        broken_rules=ctx.broken_rules,
         stated_layout=ctx.stated,
         nearest_layouts=tuple(_with_memory(ctx, repair) for repair in ctx.repairs),
         parameters=ctx.parameters,

@@ -7,6 +7,7 @@ what is held in flight + what one backward pass needs on top.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
@@ -203,7 +204,7 @@ def _buffers(program: Program, stages: tuple[StageProgram, ...]) -> Iterator[Mem
     comms = [task for stage in stages for task in stage.tasks() if isinstance(task, CommTask)]
     exchanged = max((task.bytes for task in comms if task.axis in ("ep", "etp")), default=0)
     yield MemoryLine("expert dispatch buffers", 2 * exchanged, "both sides of the largest exchange")
-    largest = max(_block_numel(plan, stage, block) for stage in stages for block in stage.blocks)
+    largest = _largest_block(plan, stages)
     if plan.policy.zero_stage == 3:
         size = 2 * largest * plan.workload.compute_bytes
         yield MemoryLine("gathered parameters", size, "the block at work and the next one, whole")
@@ -212,6 +213,12 @@ def _buffers(program: Program, stages: tuple[StageProgram, ...]) -> Iterator[Mem
         yield MemoryLine("gradient bucket", largest * width, "one block's gradients while they are divided")
 
 
-def _block_numel(plan: Plan, stage: StageProgram, block: LoweredBlock) -> int:
-    prefix = f"{block.name}."
-    return sum(local_numel(p, plan.layout) for p in stage.params if p.name.startswith(prefix))
+def _largest_block(plan: Plan, stages: tuple[StageProgram, ...]) -> int:
+    """Most local parameters that one block of a rank has: a layer, the embedding, or the head."""
+    sizes: Counter[str] = Counter()
+    for stage in stages:
+        for param in stage.params:
+            words = param.name.split(".")
+            block = ".".join(words[:2]) if words[0] == "layers" else words[0]
+            sizes[block] += local_numel(param, plan.layout)
+    return max(sizes.values())

@@ -5,6 +5,7 @@ Estimator, simulator and memory model all read this; the dry run and training ar
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -185,10 +186,10 @@ class _BlockTable:
         self.kinds: dict[tuple[bool, bool], tuple[int, LoweredBlock]] = {}
 
     def layer(self, layer: int) -> LoweredBlock:
-        model = self.plan.model
-        kind = (model.is_moe_layer(layer), layer in model.sliding_window_layers)
+        kind = self.plan.model.layer_kind(layer)
         if kind not in self.kinds:
-            self.kinds[kind] = (layer, lower_block(self.plan, layer_block(model, layer, self.shape)))
+            whole = layer_block(self.plan.model, layer, self.shape)
+            self.kinds[kind] = (layer, lower_block(self.plan, whole))
         known, block = self.kinds[kind]
         return block if known == layer else _renamed(block, f"layers.{known}", f"layers.{layer}")
 
@@ -356,19 +357,12 @@ def _block_params(plan: Plan, block: str) -> list[Param]:
 
 def model_flops(plan: Plan, sequence_length: int) -> int:
     """FLOPs of one training step of the whole model, forward and backward, recompute not counted."""
-    alone = plan.model_copy(
-        update={
-            "layout": Layout(),
-            "policy": plan.policy.model_copy(
-                update={
-                    "micro_batch_size": 1,
-                    "sequence_parallel": False,
-                    "layers_per_stage": (plan.model.num_hidden_layers,),
-                    "schedule": "1F1B",
-                    "zero_stage": 0,
-                }
-            ),
-        }
-    )
-    stage = lower(alone, sequence_length).stages[0]
-    return plan.workload.global_batch_size * sum(block.flops().total for block in stage.blocks)
+    alone_policy = {"micro_batch_size": 1, "sequence_parallel": False, "zero_stage": 0}
+    policy = plan.policy.model_copy(update=alone_policy)
+    alone = plan.model_copy(update={"layout": Layout(), "policy": policy})
+    blocks = _BlockTable(alone, shape_of(alone, sequence_length))
+    kinds = Counter(plan.model.layer_kind(layer) for layer in range(plan.model.num_hidden_layers))
+    first = {plan.model.layer_kind(layer): layer for layer in reversed(range(plan.model.num_hidden_layers))}
+    layers = sum(number * blocks.layer(first[kind]).flops().total for kind, number in kinds.items())
+    ends = blocks.end("embedding").flops().total + blocks.end("head").flops().total
+    return plan.workload.global_batch_size * (layers + ends)

@@ -112,6 +112,10 @@ def stage_of(name: ScheduleName, rank: int, chunk: int, num_ranks: int) -> int:
     return chunk * num_ranks + rank
 
 
+MAX_FORWARDS = 2**19
+"""Largest order that is built, 64 stages of 8,192 micro-batches: a bound on time and memory."""
+
+
 def require_buildable(
     name: ScheduleName, num_ranks: int, num_micro_batches: int, chunks_per_rank: int | None = None
 ) -> None:
@@ -133,6 +137,10 @@ def require_buildable(
         raise InputError("layout.vpp", chunks, f"{name} runs exactly two chunks per rank", (2,))
     if chunks < 1:
         raise InputError("layout.vpp", chunks, f"{name} runs at least one chunk per rank", (1, 2))
+    if num_ranks * chunks * num_micro_batches > MAX_FORWARDS:
+        rule = f"counted in micro-batches, an order has at most {MAX_FORWARDS:,} forwards over all stages"
+        most = MAX_FORWARDS // (num_ranks * chunks)
+        raise InputError("workload.global_batch_size", num_micro_batches, rule, (most,))
     _require_micro_batches(name, num_ranks, num_micro_batches)
 
 

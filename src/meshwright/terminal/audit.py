@@ -117,16 +117,15 @@ def _show_layouts(report: AuditReport, console: Console) -> None:
             Text.assemble(("Layout ", "bold"), f"{stated} can exist on these {report.cluster.num_gpus} GPUs.")
         )
         return
-    if not report.nearest_layouts:
-        console.print(
-            Text.assemble(("Layout ", "bold"), f"{stated} cannot exist, and neither can any other here.")
-        )
-        return
     console.print(
-        Text.assemble(
-            ("Layout ", "bold"), f"{stated} cannot exist on {report.cluster.num_gpus} GPUs. Nearest that can:"
-        )
+        Text.assemble(("Layout ", "bold"), f"{stated} cannot exist on {report.cluster.num_gpus} GPUs:")
     )
+    for finding in report.broken_rules:
+        console.print(Text.assemble((f"  {finding.key} {finding.value}: ", "red"), finding.rule + "."))
+    if not report.nearest_layouts:
+        console.print("No other layout of this model and batch can exist there either.")
+        return
+    console.print("Nearest that can exist:")
     table = Table(box=None, pad_edge=False, show_edge=False)
     for heading in ("  TP", "CP", "PP", "DP", "EP", "ETP", "EDP", "changes", "figures kept", "fullest GPU"):
         table.add_column(heading, justify="left" if heading == "changes" else "right")

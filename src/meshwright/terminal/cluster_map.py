@@ -83,13 +83,16 @@ def _positions(layout: Layout, axis: str, view: View, first: int, num_ranks: int
 
 def _heading(layout: Layout, cluster: Cluster, columns: Columns, everywhere: list[tuple[str, View]]) -> Text:
     text = Text("map", style="bold")
+    text.append(f", one column per {columns.name}", style="none")
     if columns.is_one_stage:
-        text.append(f" of one pipeline stage, {columns.count} node{'s' * (columns.count > 1)}", style="none")
+        text.append(
+            f", of one pipeline stage ({columns.count:,} node{'s' * (columns.count > 1)})", style="none"
+        )
     if everywhere:
         held = (
             f"{axis} {runs(_positions(layout, axis, view, 0, columns.ranks))}" for axis, view in everywhere
         )
-        text.append(f"; every {columns.name} has {', '.join(held)}", style="none")
+        text.append(f"; each {columns.name} has {', '.join(held)}", style="none")
     return text
 
 

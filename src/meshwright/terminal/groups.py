@@ -19,6 +19,8 @@ from meshwright.terminal.ranges import progression, runs
 from meshwright.units import BYTES_PER_S, format_count
 from meshwright.verify import Finding
 
+_EXAMPLES_LENGTH = 50
+
 
 def show_groups(
     name: str,
@@ -86,10 +88,13 @@ def _table(title: str) -> Table:
 
 
 def _examples(groups: AxisGroups) -> str:
+    """The first two groups and the last; the second only where there is room for it."""
     indices = range(groups.count) if groups.count <= 3 else (0, 1, groups.count - 1)
     texts = [progression(groups.group(index)) for index in indices]
     if groups.count > 3:
         texts.insert(2, "…")
+    if len(texts) > 2 and sum(map(len, texts)) > _EXAMPLES_LENGTH:
+        texts[1:-1] = ["…"]
     return "   ".join(texts)
 
 

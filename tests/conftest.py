@@ -1,0 +1,41 @@
+"""What all tests share: golden files, regenerated with `pytest --regenerate-golden`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--regenerate-golden",
+        action="store_true",
+        help="write the golden files from what the code prints now; read the diff",
+    )
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`golden(name, text)`: fail with a diff unless the golden file of that name holds the text."""
+
+    def compare(name: str, text: str) -> None:
+        path = GOLDEN / name
+        if request.config.getoption("--regenerate-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return
+        if not path.exists():
+            pytest.fail(f"tests/golden/{name} is missing; write it with pytest --regenerate-golden")
+        stored = path.read_text(encoding="utf-8")
+        if stored != text:
+            names = (f"tests/golden/{name}", "printed now")
+            diff = difflib.unified_diff(stored.splitlines(), text.splitlines(), *names, lineterm="")
+            lines = "\n".join(diff) or "they differ in line ends only"
+            pytest.fail(f"if the change is wanted: pytest --regenerate-golden\n{lines}", pytrace=False)
+
+    return compare
