@@ -528,6 +528,7 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str, str]] = [
     ({"model_type": "qwen3_mo"}, "model.model_type", "(nearest: qwen3_moe"),
     ({"model_type": 3}, "model.model_type", "mixtral"),
     ({"model_type": None}, "model.model_type", "mixtral"),
+    ({"model_type": 10**5000}, "model.model_type", "mixtral"),
     ({"architectures": ["BertModel"]}, "model.architectures", "MixtralForCausalLM"),
     ({"architectures": [["x"]]}, "model.architectures", "MixtralForCausalLM"),
     (broken("mixtral", num_local_experts=True), "model.num_local_experts", "whole number"),

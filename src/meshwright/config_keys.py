@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from meshwright.errors import InputError
+from meshwright.errors import InputError, shown
 from meshwright.model import MAX_LAYERS
 from meshwright.units import parse_count, parse_count_or_zero
 
@@ -93,7 +93,10 @@ def experts(c: Fields, count: str, width: str = "moe_intermediate_size", may_be_
     for key in given[1:]:
         if c[key] != num_experts:
             raise InputError(
-                f"model.{key}", c[key], f"{given[0]} is {num_experts!r}; give one of the two", [num_experts]
+                f"model.{key}",
+                c[key],
+                f"{given[0]} is {shown(num_experts)}; give one of the two",
+                [num_experts],
             )
     (parse_count_or_zero if may_be_none else parse_count)(num_experts, f"model.{given[0]}")
     return {

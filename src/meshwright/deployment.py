@@ -21,6 +21,9 @@ from meshwright.policy import PolicyRequest
 from meshwright.units import Count, CountOrZero, Number
 from meshwright.workload import Workload
 
+PLAN_KEYS = ("digest", "defaults")
+"""What a plan's file holds beyond a deployment's."""
+
 
 class Training(Noun):
     """How the model is trained; `warmup_steps` 0 means a constant learning rate."""
@@ -75,8 +78,10 @@ class Deployment(Noun):
 
 def read_deployment(path: str | Path, overrides: Sequence[str] = ()) -> Deployment:
     """The deployment in a YAML file, with `--set` overrides. Raises InputError with the key's path."""
-    document = apply_overrides(read_yaml(path), overrides)
-    return deployment_from(document, Path(path).parent)
+    document = read_yaml(path)
+    for key in PLAN_KEYS:  # a plan is a deployment with every field resolved, and may stand for one
+        document.pop(key, None)
+    return deployment_from(apply_overrides(document, overrides), Path(path).parent)
 
 
 def deployment_from(document: dict[str, Any], folder: Path) -> Deployment:

@@ -89,7 +89,7 @@ def _model_type(c: Fields) -> str:
             )
         return _ARCHITECTURES[first]
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
-        close = get_close_matches(str(model_type)[:64], _FAMILIES, n=3)
+        close = get_close_matches(model_type[:64], _FAMILIES, n=3) if isinstance(model_type, str) else []
         rule = "no family of this name is read; give the fields of the model instead"
         raise InputError("model.model_type", model_type, rule, list(dict.fromkeys([*close, *_FAMILIES])))
     return model_type

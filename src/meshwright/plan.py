@@ -123,7 +123,8 @@ def resolve_policy(deployment: Deployment, layout: Layout) -> tuple[Policy, dict
     def default(name: str, value: object, why: str) -> None:
         if name not in chosen:
             chosen[name] = value
-            used[f"policy.{name}"] = f"{value}: {why}"
+            shown = str(value).lower() if isinstance(value, bool) else value
+            used[f"policy.{name}"] = f"{shown}: {why}"
 
     default("engine", "native", "meshwright's own runtime")
     default("micro_batch_size", 1, "one sequence at a time")

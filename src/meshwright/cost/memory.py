@@ -191,8 +191,8 @@ def _op_gradient_bytes(task: ComputeTask, unit: int) -> int:
         case OpKind.ATTENTION:
             batch, heads, queries, keys, qk_dim, v_dim = sizes
             return batch * heads * (queries * (qk_dim + v_dim) + keys * (qk_dim + v_dim)) * unit
-        case OpKind.LOSS:
-            return sizes[0] * sizes[1] * (4 + unit)
+        case OpKind.LOSS:  # FP32: the gradient of the log-probabilities and that of the logits
+            return sizes[0] * sizes[1] * 8
         case _:
             return 2 * sizes[0] * sizes[1] * unit
 

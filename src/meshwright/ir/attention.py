@@ -92,7 +92,7 @@ def _rope_key(name: str, rope: Dim, shape: Shape) -> Collective:
 
 def _exchange(name: str, keys: tuple[Dim, ...], values: tuple[Dim, ...], unit: int) -> list[Node]:
     """Keys and values of the whole sequence along cp. Each rank keeps its own share alone, so that backward
-    gathers them again beside scattering their gradients (Ring Attention, arXiv:2310.01889 §3)."""
+    gathers them again beside scattering their gradients (Ring Attention, arXiv:2310.01889)."""
     nodes: list[Node] = []
     for letter, dims in (("k", keys), ("v", values)):
         nodes.append(Collective(f"{name}.exchange_{letter}", "cp", GATHER, SCATTER, dims, unit))

@@ -33,7 +33,8 @@ def layer_block(model: Model, layer: int, shape: Shape) -> Block:
 
 
 def embedding_block(model: Model, shape: Shape) -> Block:
-    """Token look-up; vocabulary-parallel, so each rank of tp contributes its part of every row."""
+    """Token look-up; vocabulary-parallel, so each rank of tp contributes its part of every row. Learned
+    positions are added to this rank's share of the tokens."""
     hidden = Dim("hidden", model.hidden_size)
     look_up = Op(
         "embedding",
@@ -44,23 +45,36 @@ def embedding_block(model: Model, shape: Shape) -> Block:
         bytes_per_element=shape.element_bytes,
         traffic=(2.0, 2.0),
     )
-    return Block("embedding", (look_up, leave("embedding", hidden, shape)))
+    nodes: list[Node] = [look_up, leave("embedding", hidden, shape)]
+    if model.position == "learned":
+        nodes.append(
+            Op(
+                "positions",
+                OpKind.EMBEDDING,
+                (shape.scattered, hidden),
+                ("positions.weight",),
+                bytes_per_element=shape.element_bytes,
+                traffic=(3.0, 2.0),
+            )
+        )
+    return Block("embedding", tuple(nodes))
 
 
 def head_block(model: Model, shape: Shape) -> Block:
     """Final norm, output projection and cross entropy, all vocabulary-parallel.
 
     Vocabulary-parallel cross entropy needs three all-reduces of one FP32 number per token: the maximum, the
-    target's logit and the sum of exponentials (Megatron-LM `tensor_parallel/cross_entropy.py`).
+    target's logit and the sum of exponentials (Megatron-LM `tensor_parallel/cross_entropy.py`). In FP32 it
+    keeps its probabilities alone: 4 bytes for each logit (arXiv:2205.05198 §4.3), not the logits beside them.
     """
     hidden = Dim("hidden", model.hidden_size)
     multiple = shape.engine.vocabulary_multiple.value * shape.tp
     vocabulary = Dim("vocabulary", ceil(model.vocab_size / multiple) * multiple, ("tp",))
     weight = "embedding.weight" if model.tie_word_embeddings else "head.weight"
     tokens = shape.gathered
-    logits = Saved("head.logits", (tokens, vocabulary), shape.element_bytes)
-    probabilities = Saved("head.probabilities", (tokens, vocabulary), 4)
-    keep = (probabilities,) if shape.engine.fp32_logits.value else ()
+    kept = Saved("head.logits", (tokens, vocabulary), shape.element_bytes)
+    if shape.engine.fp32_logits.value:
+        kept = Saved("head.probabilities", (tokens, vocabulary), 4)
     nodes: list[Node] = [
         norm_op(model, "norm", "head.in", shape),
         *enter("head", hidden, shape),
@@ -81,8 +95,7 @@ def head_block(model: Model, shape: Shape) -> Block:
             "loss",
             OpKind.LOSS,
             (tokens, vocabulary),
-            saves=(logits,),
-            internal=keep,
+            internal=(kept,),
             bytes_per_element=4,
             traffic=(3.0, 2.0),
         ),

@@ -32,6 +32,11 @@ class Shape:
     tp: int = 1
 
     @property
+    def gathers_sequence(self) -> bool:
+        """Whether a tensor-parallel region takes its input from several ranks' shares of the tokens."""
+        return self.sequence_parallel and self.tp > 1
+
+    @property
     def tokens(self) -> int:
         """Tokens of the micro-batch before any division."""
         return self.micro_batch_size * self.sequence_length
@@ -87,12 +92,21 @@ def matmul(name: str, m: Dim, n: Dim, k: Dim, saved: Saved, unit: int, bias: boo
     return Op(name, OpKind.MATMUL, (m, n, k), params, saves=(saved,), bytes_per_element=unit)
 
 
-def activation(model: Model, name: str, tokens: Dim, inner: Dim, shape: Shape) -> Op:
-    """silu(gate)·up, or one activation; unfused it also keeps the activated gate."""
+def activation(model: Model, name: str, tokens: Dim, inner: Dim, shape: Shape, weighted: bool = False) -> Op:
+    """silu(gate)·up, or one activation; unfused it also keeps the activated gate.
+
+    `weighted` multiplies in the router's weights, which are then kept, and so is what they multiply unless
+    the engine fuses the gated activation with them (Megatron-LM `transformer/moe/experts.py`, TEGroupedMLP).
+    """
     unit, letters = shape.element_bytes, ("gate", "up") if model.gated else ("up",)
     inputs = tuple(Saved(f"{name}.{letter}", (tokens, inner), unit) for letter in letters)
-    unfused = model.gated and not shape.engine.fused_activation.value
-    internal = (Saved(f"{name}.activated", (tokens, inner), unit),) if unfused else ()
+    fused = model.gated and shape.engine.fused_activation.value
+    internal: tuple[Saved, ...] = ()
+    if model.gated and not fused:
+        internal += (Saved(f"{name}.activated", (tokens, inner), unit),)
+    if weighted:
+        inputs += (Saved(f"{name}.weights", (tokens,), 4),)
+        internal += () if fused else (Saved(f"{name}.unweighted", (tokens, inner), unit),)
     moved = (3.0, 5.0) if model.gated else (2.0, 3.0)
     return Op(
         f"{name}.activation",
@@ -122,12 +136,9 @@ def residual(model: Model, name: str, shape: Shape) -> Op:
 def gathered_input(source: str, width: Dim, shape: Shape) -> Saved:
     """What a column-parallel matmul keeps of its input: the gathered tokens, or only this rank's share
     where the engine gathers them again for the weight gradient."""
-    tokens = shape.gathered if shape.engine.saves_gathered_input.value else shape.scattered
-    name = (
-        f"{source}.gathered"
-        if shape.engine.saves_gathered_input.value and shape.sequence_parallel
-        else source
-    )
+    whole = shape.engine.saves_gathered_input.value
+    tokens = shape.gathered if whole else shape.scattered
+    name = f"{source}.gathered" if whole and shape.gathers_sequence else source
     return Saved(name, (tokens, width), shape.element_bytes, for_weight=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil, comb
 
 from meshwright.ir.dense import Shape, activation, matmul, mlp, norm_op
@@ -18,24 +19,12 @@ def moe(model: Model, name: str, shape: Shape) -> list[Node]:
     """Norm, router, shared experts, dispatch, routed experts, combine."""
     layer = name.rsplit(".", 1)[0]
     hidden, experts = Dim("hidden", model.hidden_size), Dim("experts", model.num_experts)
-    tokens, unit, chosen = shape.scattered, shape.element_bytes, Dim("top_k", model.num_experts_per_tok)
-    norm = f"{layer}.mlp_norm"
+    tokens, unit, norm = shape.scattered, shape.element_bytes, f"{layer}.mlp_norm"
     normed = Saved(norm, (tokens, hidden), unit, for_weight=True)
     nodes: list[Node] = [
         norm_op(model, norm, f"{layer}.middle", shape),
         matmul(f"{name}.router", tokens, experts, hidden, normed, unit, model.router.bias),
-        Op(
-            f"{name}.route",
-            OpKind.ROUTE,
-            (tokens, experts),
-            saves=(Saved(f"{name}.scores", (tokens, experts), 4),),
-            internal=(
-                Saved(f"{name}.choices", (tokens, chosen), 8),
-                Saved(f"{name}.weights", (tokens, chosen), 4),
-            ),
-            bytes_per_element=4,
-            traffic=(4.0, 4.0),
-        ),
+        _route(model, name, experts, shape),
     ]
     if model.router.aux_loss:
         sums = (Dim("sequences", 2 * shape.micro_batch_size), experts)
@@ -43,14 +32,47 @@ def moe(model: Model, name: str, shape: Shape) -> list[Node]:
         nodes += [Collective(f"{name}.balance_{axis}", axis, REDUCE, None, sums, 4) for axis in axes]
     if model.shared_width:
         nodes += mlp(model, f"{name}.shared", model.shared_width, shape, source=norm, shared=True)
-        if model.shared_expert_gate:
-            nodes.append(matmul(f"{name}.shared_gate", tokens, Dim("one", 1), hidden, normed, unit))
-    return [
-        *nodes,
-        *_dispatch(model, name, shape),
-        *_experts(model, name, shape),
-        *_combine(model, name, shape),
-    ]
+    if model.shared_width and model.shared_expert_gate:
+        nodes.append(matmul(f"{name}.shared_gate", tokens, Dim("one", 1), hidden, normed, unit))
+        nodes.append(_scale_shared(name, hidden, shape))
+    nodes += [*_dispatch(model, name, shape), *_experts(model, name, shape), *_combine(model, name, shape)]
+    if model.shared_width:
+        add = Op(f"{name}.add_shared", OpKind.ELEMENTWISE, (tokens, hidden), traffic=(3.0, 1.0))
+        nodes.append(replace(add, bytes_per_element=unit))
+    return nodes
+
+
+def _route(model: Model, name: str, experts: Dim, shape: Shape) -> Op:
+    """Scores, the choice of experts and their weights, in FP32; the z-loss also keeps the logits."""
+    tokens, chosen = shape.scattered, Dim("top_k", model.num_experts_per_tok)
+    logits = (Saved(f"{name}.router_logits", (tokens, experts), 4),) if model.router.z_loss else ()
+    return Op(
+        f"{name}.route",
+        OpKind.ROUTE,
+        (tokens, experts),
+        saves=logits,
+        internal=(
+            Saved(f"{name}.scores", (tokens, experts), 4),
+            Saved(f"{name}.choices", (tokens, chosen), 8),
+            Saved(f"{name}.weights", (tokens, chosen), 4),
+        ),
+        bytes_per_element=4,
+        traffic=(4.0, 4.0),
+    )
+
+
+def _scale_shared(name: str, hidden: Dim, shape: Shape) -> Op:
+    """The shared experts' output times sigmoid of its gate, which keeps both (Qwen1.5-MoE)."""
+    tokens, unit = shape.scattered, shape.element_bytes
+    return Op(
+        f"{name}.shared_scale",
+        OpKind.ELEMENTWISE,
+        (tokens, hidden),
+        saves=(Saved(f"{name}.shared.out", (tokens, hidden), unit),),
+        internal=(Saved(f"{name}.shared_gate.score", (tokens,), unit),),
+        bytes_per_element=unit,
+        traffic=(2.0, 3.0),
+    )
 
 
 def routed_tokens(model: Model, shape: Shape) -> int:
@@ -96,7 +118,7 @@ def _dispatch(model: Model, name: str, shape: Shape) -> list[Node]:
             Collective(f"{name}.gather_weights", "ep", GATHER, SCATTER, (everyone, chosen), 4),
             Collective(f"{name}.dispatch", "ep", GATHER, SCATTER, (everyone, hidden), unit),
             *_tensor_gather(name, hidden, unit, routed),
-            _permute(f"{name}.permute", routed, hidden, unit),
+            _permute(f"{name}.permute", replace(routed, times=("etp",)), hidden, unit),
         ]
     nodes: list[Node] = [
         Collective(f"{name}.counts", "ep", EXCHANGE, None, (Dim("experts", model.num_experts),), 8),
@@ -107,16 +129,21 @@ def _dispatch(model: Model, name: str, shape: Shape) -> list[Node]:
         nodes.append(
             Collective(f"{name}.dispatch_weights", "ep", EXCHANGE, EXCHANGE, (_sent(model, shape),), 4)
         )
-    return [
-        *nodes,
-        *_tensor_gather(name, hidden, unit, routed),
-        _permute(f"{name}.sort", routed, hidden, unit),
-    ]
+    nodes += _tensor_gather(name, hidden, unit, routed)
+    return [*nodes, *_by_local_expert(model, f"{name}.sort", hidden, shape)]
+
+
+def _by_local_expert(model: Model, name: str, hidden: Dim, shape: Shape) -> list[Node]:
+    """Between the order in which ranks send tokens and the order of a rank's experts, if it has several."""
+    if model.num_experts == shape.ep:
+        return []
+    tokens = Dim("routed", routed_tokens(model, shape), ("cp", "sp"), times=("etp",))
+    return [_permute(name, tokens, hidden, shape.element_bytes)]
 
 
 def _tensor_gather(name: str, hidden: Dim, unit: int, routed: Dim) -> list[Node]:
     """Expert tensor parallelism: its ranks gather one another's tokens, and scatter the partial sums back."""
-    gathered = Dim("routed", routed.size, routed.axes, times=("etp",))
+    gathered = replace(routed, times=("etp",))
     return [Collective(f"{name}.gather_tokens", "etp", GATHER, SCATTER, (gathered, hidden), unit)]
 
 
@@ -131,7 +158,8 @@ def _experts(model: Model, name: str, shape: Shape) -> list[Node]:
         nodes.append(
             _grouped(model, f"{name}.experts", letter, (groups, tokens, inner, hidden), dispatched, unit)
         )
-    nodes.append(activation(model, f"{name}.experts", tokens, inner, shape))
+    weighted = shape.engine.probs_before_down.value
+    nodes.append(activation(model, f"{name}.experts", tokens, inner, shape, weighted))
     product = Saved(f"{name}.experts.product", (tokens, inner), unit, for_weight=True)
     nodes.append(_grouped(model, f"{name}.experts", "down", (groups, tokens, hidden, inner), product, unit))
     return nodes
@@ -145,7 +173,7 @@ def _grouped(model: Model, name: str, letter: str, dims: tuple[Dim, ...], saved:
 def _combine(model: Model, name: str, shape: Shape) -> list[Node]:
     hidden, unit = Dim("hidden", model.hidden_size), shape.element_bytes
     routed = Dim("routed", routed_tokens(model, shape), ("cp", "sp"))
-    gathered = Dim("routed", routed.size, routed.axes, times=("etp",))
+    gathered = replace(routed, times=("etp",))
     weigh_saves: tuple[Saved, ...] = ()
     if not shape.engine.probs_before_down.value:
         weigh_saves = (Saved(f"{name}.expert_outputs", (routed, hidden), unit),)
@@ -166,7 +194,7 @@ def _combine(model: Model, name: str, shape: Shape) -> list[Node]:
             Collective(f"{name}.combine", "ep", SCATTER, GATHER, (everyone, hidden), unit),
         ]
     return [
-        _permute(f"{name}.unsort", routed, hidden, unit),
+        *_by_local_expert(model, f"{name}.unsort", hidden, shape),
         scatter,
         Collective(f"{name}.combine", "ep", EXCHANGE, EXCHANGE, (_sent(model, shape), hidden), unit),
         weigh,

@@ -34,7 +34,8 @@ class Param:
     `shard` names, per dim, the mesh axis that divides it (None: not divided). `blocks` is the number of
     indivisible pieces along a divided dim, such as key-value heads: more ranks than blocks replicate them.
     `partial_over_tp` marks gradients that sequence parallelism leaves as partial sums over tp, because each
-    rank of tp saw only its share of the tokens.
+    rank of tp saw only its share of the tokens; with `shared_by_heads` they are so without it too, because
+    each rank of tp holds only its share of the heads.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Param:
     shard: tuple[ShardAxis | None, ...]
     blocks: int | None = None
     partial_over_tp: bool = False
+    shared_by_heads: bool = False
 
     @property
     def numel(self) -> int:
@@ -93,7 +95,7 @@ def embedding_parameters(model: Model) -> Iterator[Param]:
     yield Param("embedding.weight", "embedding", (model.vocab_size, model.hidden_size), ("tp", None))
     if model.position == "learned":
         shape = (model.max_position_embeddings or 0, model.hidden_size)
-        yield Param("positions.weight", "embedding", shape, (None, None))
+        yield Param("positions.weight", "embedding", shape, (None, None), partial_over_tp=True)
 
 
 def head_parameters(model: Model) -> Iterator[Param]:
@@ -143,8 +145,8 @@ def _attention(model: Model, name: str) -> Iterator[Param]:
         yield Param(f"{name}.o.bias", "attention", (hidden,), (None,), partial_over_tp=True)
     for letter, count in (("q", heads), ("k", kv_heads)):
         if model.qk_norm == "head":
-            # One norm is shared by all heads, and each rank of tp holds some of the heads.
-            yield Param(f"{name}.{letter}_norm.weight", "attention", (width,), (None,), partial_over_tp=True)
+            norm = f"{name}.{letter}_norm.weight"
+            yield Param(norm, "attention", (width,), (None,), partial_over_tp=True, shared_by_heads=True)
         elif model.qk_norm == "full":
             yield Param(f"{name}.{letter}_norm.weight", "attention", (count * width,), ("tp",), blocks=count)
     if model.attention_sinks:

@@ -62,9 +62,9 @@ class LoweredBlock:
 
     @property
     def deferred_bytes(self) -> int:
-        """Bytes kept between the input gradient and a deferred weight gradient: each matmul's input and the
-        gradient of its output."""
-        inputs = sum(size for size, for_weight in self.saved.values() if for_weight)
+        """Bytes kept between the input gradient and a deferred weight gradient: each matmul's input, made
+        again where it was not kept, and the gradient of its output."""
+        inputs = sum(size for size, for_weight in self.saved_without_recompute.values() if for_weight)
         return inputs + self.output_gradient_bytes
 
     def flops(self) -> Flops:

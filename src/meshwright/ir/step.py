@@ -21,13 +21,22 @@ def step_tasks(plan: Plan, params: list[Param], has_embedding: bool, has_head: b
 
 
 def _partial_gradients(plan: Plan, params: list[Param]) -> Iterator[CommTask]:
-    """Sequence parallelism leaves norm and router gradients as partial sums over tp."""
-    if not plan.policy.sequence_parallel or plan.layout.tp == 1:
-        return
+    """Gradients that are partial sums: over tp those of norms and router (each rank saw its share of the
+    tokens) and of norms shared by heads; over the ranks of tp that hold the same key-value heads; over etp
+    those of the experts' output biases."""
+    layout, sequence = plan.layout, plan.policy.sequence_parallel
     width = engine_named(plan.policy.engine).gradient_bytes.value
-    size = sum(p.numel for p in params if p.partial_over_tp) * width
-    if size:
-        yield CommTask("gradients.partial", "step", CollectiveKind.ALL_REDUCE, "tp", plan.layout.tp, size)
+    partial = [p for p in params if p.partial_over_tp and (sequence or p.shared_by_heads)]
+    replicated = [p for p in params if p.blocks is not None and layout.tp > p.blocks]
+    uncut = [p for p in params if p.is_expert and "etp" not in p.shard]
+    for name, axis, ranks, reduced in (
+        ("partial", "tp", layout.tp, partial),
+        ("replicated_heads", "tp", layout.tp // plan.model.kv_heads, replicated),
+        ("expert_biases", "etp", layout.etp, uncut),
+    ):
+        size = sum(local_numel(p, layout) for p in reduced) * width
+        if size and ranks > 1:
+            yield CommTask(f"gradients.{name}", "step", CollectiveKind.ALL_REDUCE, axis, ranks, size)
 
 
 def _tied_embedding(plan: Plan, has_embedding: bool, has_head: bool) -> Iterator[CommTask]:
