@@ -18,7 +18,7 @@ from meshwright import families
 from meshwright.errors import InputError
 from meshwright.families import catalogue_models, model_from_config, model_named, read_model
 from meshwright.ir.parameters import count_parameters, layer_parameters, parameters
-from meshwright.model import Model
+from meshwright.model import MAX_LAYERS, Model
 
 HF_TYPE = {"kimi_k2": "deepseek_v3"}  # the same shape; transformers has no class of that name
 SIZES = {"num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 8, "vocab_size": 64}
@@ -538,8 +538,8 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str, str]] = [
     (broken("mixtral", intermediate_size="8"), "model.intermediate_size", "nearest: 8"),
     (broken("mixtral", intermediate_size=-8), "model.intermediate_size", "between 1"),
     (broken("mixtral", hidden_size=float("nan")), "model.hidden_size", "whole number"),
-    (broken("mixtral", num_hidden_layers=1e9), "model.num_hidden_layers", "4,096"),
-    (broken("gpt_oss", num_hidden_layers=10**9), "model.num_hidden_layers", "4,096"),
+    (broken("mixtral", num_hidden_layers=1e9), "model.num_hidden_layers", f"at most {MAX_LAYERS:,}"),
+    (broken("gpt_oss", num_hidden_layers=10**9), "model.num_hidden_layers", f"at most {MAX_LAYERS:,}"),
     (broken("mixtral", num_attention_heads=7), "model.num_attention_heads", "divide hidden_size"),
     (broken("mixtral", num_key_value_heads=3), "model.num_key_value_heads", "nearest: 1, 2, 4"),
     (broken("mixtral", hidden_act="quick_gelu"), "model.hidden_act", "silu"),

@@ -14,7 +14,7 @@ from meshwright.errors import InputError
 from meshwright.families import read_model
 from meshwright.files import decode, json_schema
 from meshwright.ir.parameters import count_parameters
-from meshwright.model import Model, Router
+from meshwright.model import MAX_LAYERS, Model, Router
 
 DENSE: dict[str, Any] = {
     "num_hidden_layers": 4,
@@ -123,7 +123,7 @@ def test_schema_is_valid_and_takes_a_model() -> None:
 BAD: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     (DENSE, {"num_attention_heads": 6}, "model.num_attention_heads", "nearest: 2, 4, 8"),
     (DENSE, {"num_key_value_heads": 3}, "model.num_key_value_heads", "nearest: 1, 2, 4"),
-    (DENSE, {"num_hidden_layers": 1e9}, "model.num_hidden_layers", "at most 4,096"),
+    (DENSE, {"num_hidden_layers": 1e9}, "model.num_hidden_layers", f"at most {MAX_LAYERS:,}"),
     (DENSE, {"num_hidden_layers": 0}, "model.num_hidden_layers", "between 1"),
     (DENSE, {"hidden_size": True}, "model.hidden_size", "whole number"),
     (DENSE, {"hidden_size": -64}, "model.hidden_size", "between 1"),
@@ -134,7 +134,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     (DENSE, {"vocab_size": 10**300}, "model.vocab_size", "2^53"),
     (
         DENSE,
-        {"num_hidden_layers": 4096, "hidden_size": 2**24, "intermediate_size": 2**24},
+        {"num_hidden_layers": MAX_LAYERS, "hidden_size": 2**24, "intermediate_size": 2**24},
         "model.num_hidden_layers",
         "1e+18",
     ),

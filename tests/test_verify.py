@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from meshwright.cluster import gpu_named
 from meshwright.deployment import deployment_from
 from meshwright.errors import InputError
 from meshwright.layout import Layout
@@ -132,6 +133,11 @@ ERRORS: dict[str, tuple[dict[str, Any], str, str]] = {
         {"policy.engine": "megatron", "policy.zero_stage": 3},
         "policy.zero_stage",
         "megatron engine does not run it",
+    ),
+    "precision of the GPU": (
+        {"policy.engine": "megatron", "workload.precision": "fp8", "cluster.gpu": gpu_named("a100-80gb")},
+        "workload.precision",
+        "a100-80gb has no peak",
     ),
     "precision of the engine": (
         {"workload.precision": "fp8"},

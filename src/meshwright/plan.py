@@ -93,7 +93,8 @@ def resolve_layout(
         used["layout.vpp"] = f"{degrees['vpp']}: {why}"
     if "etp" not in degrees:
         degrees["etp"] = degrees["tp"] if degrees["ep"] == 1 or etp_follows_tp else 1
-        why = "equal to tp" if degrees["etp"] == degrees["tp"] else "experts are divided by ep, not cut"
+        whole = degrees["ep"] > 1 and not etp_follows_tp
+        why = "experts are divided by ep, not cut" if whole else "equal to tp"
         used["layout.etp"] = f"{degrees['etp']}: {why}"
     inner = degrees["tp"] * degrees["cp"] * degrees["pp"]
     world = cluster.num_gpus
@@ -130,7 +131,7 @@ def resolve_policy(deployment: Deployment, layout: Layout) -> tuple[Policy, dict
     default("micro_batch_size", 1, "one sequence at a time")
     default("schedule", "Interleaved1F1B" if layout.vpp > 1 else "1F1B", "the usual order for this vpp")
     default("zero_stage", 1, "optimizer states divided over data-parallel ranks")
-    default("sequence_parallel", layout.tp > 1, "on with tensor parallelism")
+    default("sequence_parallel", layout.tp > 1, "with tensor parallelism" if layout.tp > 1 else "tp is 1")
     default("recompute", "none", "keep all activations")
     default("dispatcher", "alltoall", "tokens travel to their experts")
     default("expert_overlap", False, "no overlap of expert communication")

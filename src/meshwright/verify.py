@@ -43,6 +43,7 @@ def verify(plan: Plan) -> list[Finding]:
         *cluster_findings(plan.cluster, plan.layout),
         *workload_findings(plan.workload, plan.layout, plan.policy),
         *stage_findings(plan.model, plan.layout, plan.policy),
+        *precision_findings(plan.cluster, plan.workload),
         *engine_findings(plan.model, plan.workload, plan.layout, plan.policy),
     ]
     return sorted(findings, key=lambda finding: finding.level)
@@ -124,6 +125,14 @@ def workload_findings(workload: Workload, layout: Layout, policy: Policy) -> Ite
             rule = f"must be a multiple of {divisor}: context and sequence parallelism cut it evenly"
             near = (max(1, length // divisor) * divisor, -(-length // divisor) * divisor)
             yield Finding("workload.sequence_length", length, rule, tuple(dict.fromkeys(near)))
+
+
+def precision_findings(cluster: Cluster, workload: Workload) -> Iterator[Finding]:
+    """Whether the GPU computes in the number type of the workload."""
+    known = cluster.gpu.peak
+    if workload.precision not in known:
+        rule = f"{cluster.gpu.name} has no peak for it"
+        yield Finding("workload.precision", workload.precision, rule, tuple(known))
 
 
 def stage_findings(model: Model, layout: Layout, policy: Policy) -> Iterator[Finding]:

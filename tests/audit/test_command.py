@@ -70,6 +70,11 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
+def test_stages_that_do_not_add_up_are_a_finding(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", REPAIRED, "--strict", "--set", "policy.layers_per_stage=[8, 8]"]) == 1
+    assert "policy.layers_per_stage" in capsys.readouterr().out
+
+
 def changed_brief(tmp_path: Path, change: dict[str, Any]) -> str:
     document = read_yaml(BRIEF)
     for path, value in change.items():

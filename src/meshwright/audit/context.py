@@ -21,7 +21,7 @@ from meshwright.model import Model
 from meshwright.plan import Plan, resolve_layout, resolve_policy
 from meshwright.policy import PolicyRequest
 from meshwright.units import SECONDS
-from meshwright.verify import Finding
+from meshwright.verify import Finding, stage_findings
 from meshwright.workload import Workload
 
 
@@ -98,6 +98,8 @@ class Context:
         key = self._key(figure)
         if key not in self._plans:
             plan = self.plan_on(layout, figure.at.micro_batch_size)
+            for finding in stage_findings(plan.model, plan.layout, plan.policy):
+                raise finding.raised()
             self._plans[key] = (plan, lower(plan, key[0]))
         return self._plans[key]
 

@@ -143,7 +143,7 @@ def audit(deployment: Deployment) -> AuditReport:
     words = ""
     if ctx.layout is not None:
         whole = Figure(id="total_memory", value="1 B")
-        plan, _ = ctx.plan_for(whole)
+        plan = ctx.plan_on(ctx.layout)
         findings = tuple(verify(plan))
         length = ctx.workload.max_sequence_length
         which = "the stated layout" if ctx.possible else "the nearest possible layout"
