@@ -8,24 +8,18 @@ from pydantic import BeforeValidator
 
 from meshwright.errors import InputError
 from meshwright.files import Noun
+from meshwright.layout import LayoutRequest
 from meshwright.units import Count, Share, parse_number
 
 MAX_FIGURES = 1000
 
 
-class ClaimedLayout(Noun):
+class ClaimedLayout(LayoutRequest):
     """The degrees as the document states them; they need not be possible.
 
     `num_micro_batches` is how many micro-batches the document says one step is cut into.
     """
 
-    tp: Count | None = None
-    cp: Count | None = None
-    dp: Count | None = None
-    pp: Count | None = None
-    vpp: Count | None = None
-    ep: Count | None = None
-    etp: Count | None = None
     num_micro_batches: Count | None = None
 
 
