@@ -19,7 +19,6 @@ from meshwright.ir.schedule import require_buildable
 from meshwright.layout import Layout, LayoutRequest
 from meshwright.model import Model
 from meshwright.plan import Plan, resolve_layout, resolve_policy
-from meshwright.policy import PolicyRequest
 from meshwright.units import SECONDS
 from meshwright.verify import Finding, stage_findings
 from meshwright.workload import Workload
@@ -104,31 +103,33 @@ class Context:
         return self._plans[key]
 
     def plan_on(self, layout: Layout, micro_batch_size: int | None = None) -> Plan:
-        """The plan of this deployment on a layout: the stated number of micro-batches where it divides."""
-        workload, deployment = self.workload, self.deployment
-        per_replica = workload.global_batch_size // layout.dp
-        size = micro_batch_size or deployment.policy.micro_batch_size
-        if micro_batch_size:  # the figure's own micro-batch, as many of them as the document states
-            batch = micro_batch_size * layout.dp * self.num_micro_batches
-            workload = workload.model_copy(update={"global_batch_size": batch})
-        if size is None or (workload.global_batch_size // layout.dp) % size:
-            divides = per_replica % self.num_micro_batches == 0
-            size = per_replica // self.num_micro_batches if divides else 1
-        changed = deployment.model_copy(update={"workload": workload})
-        request = deployment.policy.model_copy(update={"micro_batch_size": size})
-        plan = self._with_policy(changed, layout, request)
-        if _buildable(plan) or micro_batch_size:
-            return plan
-        smallest = self._with_policy(changed, layout, request.model_copy(update={"micro_batch_size": 1}))
-        return smallest if _buildable(smallest) else plan
+        """The plan of this deployment on a layout.
 
-    def _with_policy(self, deployment: Deployment, layout: Layout, request: PolicyRequest) -> Plan:
-        policy, _ = resolve_policy(deployment.model_copy(update={"policy": request}), layout)
+        A figure's own micro-batch comes with as many of them as the document states; the file's own is kept
+        as it is; else the replica's share is cut into the stated number where that divides and can be
+        scheduled, or into single sequences.
+        """
+        deployment, batch = self.deployment, self.workload.global_batch_size
+        if micro_batch_size is not None:
+            batch = micro_batch_size * layout.dp * self.num_micro_batches
+        size = micro_batch_size or deployment.policy.micro_batch_size
+        if size is not None:
+            return self._with(layout, batch, size)
+        per_replica = batch // layout.dp
+        if per_replica % self.num_micro_batches == 0:
+            plan = self._with(layout, batch, per_replica // self.num_micro_batches)
+            if _buildable(plan):
+                return plan
+        return self._with(layout, batch, 1)
+
+    def _with(self, layout: Layout, global_batch_size: int, micro_batch_size: int) -> Plan:
+        request = self.deployment.policy.model_copy(update={"micro_batch_size": micro_batch_size})
+        policy, _ = resolve_policy(self.deployment.model_copy(update={"policy": request}), layout)
         fields = {
-            "name": deployment.name,
+            "name": self.deployment.name,
             "cluster": self.cluster,
             "model": self.model,
-            "workload": deployment.workload,
+            "workload": self.workload.model_copy(update={"global_batch_size": global_batch_size}),
             "layout": layout,
             "policy": policy,
         }
@@ -155,8 +156,12 @@ class Context:
 
     def step_flops(self, sequence_length: int) -> int:
         """Model FLOPs of one step at a sequence length."""
-        plan, _ = self.plan_for(Figure(id="step_time", value="1 s"))
-        return model_flops(plan, sequence_length)
+        return model_flops(self._whole_model, sequence_length)
+
+    @cached_property
+    def _whole_model(self) -> Plan:
+        """The plan on one rank: FLOPs of a step do not depend on the layout, nor on whether there is one."""
+        return self._with(Layout(), self.workload.global_batch_size, 1)
 
     def longest_length_within(self, seconds: float, efficiency: float) -> int:
         """The longest sequence whose FLOPs alone fit a time; 0 where even one token per sequence does not."""
@@ -203,16 +208,15 @@ def _stated_degrees(deployment: Deployment, cluster: Cluster) -> tuple[dict[str,
         for name, value in claimed.model_dump(exclude={"num_micro_batches"}).items()
         if value is not None
     }
-    degrees = {"tp": 1, "cp": 1, "pp": 1, "ep": 1, "vpp": 1} | given
-    degrees.setdefault("etp", 1 if degrees["ep"] > 1 else degrees["tp"])
-    inner = degrees["tp"] * degrees["cp"] * degrees["pp"]
-    degrees.setdefault("dp", max(1, cluster.num_gpus // inner))
-    defaults: dict[str, str] = {}
     try:
-        _, defaults = resolve_layout(LayoutRequest(**given), cluster, deployment.policy.schedule)
+        layout, defaults = resolve_layout(LayoutRequest(**given), cluster, deployment.policy.schedule)
     except InputError:  # impossible degrees are a finding of the audit, not an error
-        defaults = {f"layout.{a}": f"{v}: not stated" for a, v in degrees.items() if a not in given}
-    return degrees, defaults
+        degrees = {"tp": 1, "cp": 1, "pp": 1, "ep": 1, "vpp": 1} | given
+        degrees.setdefault("etp", 1 if degrees["ep"] > 1 else degrees["tp"])
+        inner = degrees["tp"] * degrees["cp"] * degrees["pp"]
+        degrees.setdefault("dp", max(1, cluster.num_gpus // inner))
+        return degrees, {f"layout.{a}": f"{v}: not stated" for a, v in degrees.items() if a not in given}
+    return {axis: layout.size(axis) for axis in AXES}, defaults
 
 
 def _policy_defaults(
