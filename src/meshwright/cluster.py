@@ -35,6 +35,9 @@ NETWORK_KINDS: frozenset[str] = frozenset({"ib", "roce", "efa", "ethernet"})
 """Kinds of link that are a network card's: their makers give the rate in bits."""
 
 MAX_LOCAL = 4096
+LOCAL_GPU = "cpu-process"
+"""Name of a local process where a GPU's name stands."""
+
 """Most processes that one machine is asked to run."""
 
 # What no machine of today reaches, or falls below. The bounds catch a wrong prefix, and bits read as bytes.
@@ -245,7 +248,7 @@ class LocalRequest(Noun):
         """The local machine as a one-node cluster; its rates are assumed until they are calibrated."""
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // self.local
         cpu = {
-            "name": "cpu-process",
+            "name": LOCAL_GPU,
             "memory": f"{memory} B",
             "memory_bandwidth": "10 GB/s",
             "peak": {"fp32": "100 GFLOP/s", "bf16": "50 GFLOP/s", "fp16": "50 GFLOP/s"},

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
 
+from meshwright.cluster import LOCAL_GPU
 from meshwright.engines import engine_named
 from meshwright.ir.graph import OpKind
 from meshwright.ir.parameters import Param
@@ -24,6 +25,8 @@ from meshwright.plan import Plan
 LOGITS = ("head.logits", "head.probabilities")
 STATES = ("weights", "gradients", "optimizer states")
 ADAM_STATE_BYTES = 8
+CPU_CONTEXT_BYTES = 250_000_000
+CPU_CONTEXT_SOURCE = "assumed: Python, torch and gloo in a process of its own"
 MASTER_BYTES = 4
 
 
@@ -85,11 +88,17 @@ def rank_memory(program: Program, pp_rank: int) -> RankMemory:
     lines.append(
         MemoryLine("allocator slack", slack, f"{share}; {engine.slack.source}", engine.slack.is_assumed)
     )
-    lines.append(
-        MemoryLine("runtime context", engine.context.value, engine.context.source, engine.context.is_assumed)
-    )
+    lines.append(_context(program))
     kept = tuple(line for line in lines if line.bytes)
     return RankMemory(pp_rank, tuple(stage.index for stage in stages), kept, peak.num_in_flight)
+
+
+def _context(program: Program) -> MemoryLine:
+    """What the runtime holds before the model: a CUDA context on a GPU, a Python process on a CPU."""
+    if program.plan.cluster.gpu.name == LOCAL_GPU:
+        return MemoryLine("runtime context", CPU_CONTEXT_BYTES, CPU_CONTEXT_SOURCE, True)
+    fact = program.engine.context
+    return MemoryLine("runtime context", fact.value, fact.source, fact.is_assumed)
 
 
 def state_bytes(plan: Plan, params: Mapping[str, Param]) -> dict[str, int]:
@@ -154,11 +163,10 @@ def _held(program: Program, stages: tuple[StageProgram, ...], peak: ActivationPe
             logits += held * of_logits
             deferred += waiting * block.deferred_bytes
     policy = program.plan.policy
-    why = (
-        f"{peak.num_in_flight} micro-batches in flight under {policy.schedule}, recompute {policy.recompute}"
-    )
+    unit = "micro-batches" if len(stages) == 1 else "micro-batch chunks"
+    why = f"{peak.num_in_flight} {unit} in flight under {policy.schedule}, recompute {policy.recompute}"
     yield MemoryLine("activations", activations, why)
-    yield MemoryLine("logits", logits, "logits and their FP32 probabilities, where the head stands")
+    yield MemoryLine("logits", logits, "what the loss keeps of the logits, in FP32, where the head stands")
     yield MemoryLine("deferred weight gradients", deferred, "inputs and output gradients that wait for W")
 
 

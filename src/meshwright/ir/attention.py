@@ -127,7 +127,7 @@ def _core(model: Model, name: str, kv_heads: int, shape: Shape) -> list[Node]:
             f"{name}.core",
             OpKind.ATTENTION,
             (batch, q_heads, local, whole, qk, value),
-            (f"{name}.sinks",) if model.attention_sinks else (),
+            (f"{name}.sinks",) if model.attention_sinks and not model.is_mla else (),
             saves=(q_tensor, k_tensor, v_tensor),
             internal=(out, statistics),
             bytes_per_element=unit,

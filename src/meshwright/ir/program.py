@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -62,9 +62,10 @@ class LoweredBlock:
 
     @property
     def deferred_bytes(self) -> int:
-        """Bytes kept between the input gradient and a deferred weight gradient: each matmul's input, made
-        again where it was not kept, and the gradient of its output."""
-        inputs = sum(size for size, for_weight in self.saved_without_recompute.values() if for_weight)
+        """Bytes kept between the input gradient and a deferred weight gradient: each matmul's input where
+        forward kept it, and the gradient of its output. What recompute dropped is made again for each of the
+        two passes: PyTorch's checkpoint frees it once the input gradient has used it."""
+        inputs = sum(size for size, for_weight in self.saved.values() if for_weight)
         return inputs + self.output_gradient_bytes
 
     def flops(self) -> Flops:
@@ -272,8 +273,9 @@ def lower_block(plan: Plan, block: Block) -> LoweredBlock:
             tasks += _compute_tasks(node, degrees)
         else:
             tasks += _comm_tasks(node, degrees)
-    tasks += _parameter_gathers(plan, block)
     dropped = frozenset(engine.selective.value) if plan.policy.recompute == "selective" else frozenset()
+    tasks += _repeated(plan, block, tasks, dropped)
+    tasks += _parameter_gathers(plan, block)
     whole = _sizes(saved_tensors(block.ops), degrees)
     kept = _sizes(saved_tensors(block.ops, dropped), degrees)
     input_bytes = 0
@@ -283,6 +285,19 @@ def lower_block(plan: Plan, block: Block) -> LoweredBlock:
             kept = _kept_under_full_recompute(block.name, whole)
     outputs = sum(_output_bytes(op, degrees) for op in block.ops if op.kind in MATMULS)
     return LoweredBlock(block.name, tuple(tasks), kept, whole, input_bytes, outputs)
+
+
+def _repeated(plan: Plan, block: Block, tasks: list[Task], dropped: frozenset[str]) -> list[Task]:
+    """What recompute runs again: a whole layer with its communication, or the ops of the dropped classes."""
+    if plan.policy.recompute == "none" or not block.name.startswith("layers."):
+        return []
+    names = {op.name for op in block.ops if op.recompute in dropped}
+    whole = plan.policy.recompute == "full"
+    return [
+        replace(task, phase="recompute")
+        for task in tasks
+        if task.phase == "forward" and (whole or (isinstance(task, ComputeTask) and task.name in names))
+    ]
 
 
 def _output_bytes(op: Op, degrees: Degrees) -> int:

@@ -17,6 +17,7 @@ def step_tasks(plan: Plan, params: list[Param], has_embedding: bool, has_head: b
     yield from _partial_gradients(plan, params)
     yield from _tied_embedding(plan, has_embedding, has_head)
     yield from _data_parallel(plan, params)
+    yield from _expert_counts(plan, params)
     yield from _scalars(plan, params)
 
 
@@ -64,6 +65,19 @@ def _data_parallel(plan: Plan, params: list[Param]) -> Iterator[CommTask]:
         if zero in (1, 2):
             size = held * plan.workload.compute_bytes
             yield CommTask(f"parameters.{name}", "step", CollectiveKind.ALL_GATHER, axis, ranks, size)
+
+
+def _expert_counts(plan: Plan, params: list[Param]) -> Iterator[CommTask]:
+    """Tokens per expert and layer over the whole batch, from which a correction bias is moved (DeepSeek-V3,
+    arXiv:2412.19437 §2.1.2; Megatron-LM `finalize_model_grads.py`, over tp·cp·dp)."""
+    routers = sum(param.part == "router" and len(param.shape) == 2 for param in params)
+    if not plan.model.router.correction_bias or not routers:
+        return
+    size = 4 * routers * plan.model.num_experts
+    for axis in ("tp", "dp_cp"):
+        if plan.layout.size(axis) > 1:
+            ranks = plan.layout.size(axis)
+            yield CommTask(f"experts.counts_{axis}", "step", CollectiveKind.ALL_REDUCE, axis, ranks, size)
 
 
 def _scalars(plan: Plan, params: list[Param]) -> Iterator[CommTask]:

@@ -7,8 +7,9 @@ from typing import Literal
 
 from meshwright.ir.graph import CollectiveKind, OpKind
 
-Phase = Literal["forward", "input_gradient", "weight_gradient", "step"]
+Phase = Literal["forward", "recompute", "input_gradient", "weight_gradient", "step"]
 PHASES: tuple[Phase, ...] = ("forward", "input_gradient", "weight_gradient")
+"""The phases that every op has; `recompute` repeats some forward tasks just before the input gradient."""
 
 
 @dataclass(frozen=True, slots=True)
