@@ -274,7 +274,7 @@ def test_a_v_peaks_where_1f1b_does_on_every_rank_alike() -> None:
 
 
 def test_zero_bubble_holds_inputs_and_output_gradients_until_the_weight_gradient() -> None:
-    """arXiv:2401.10241 §2.1: W needs each matmul's input and the gradient of its output, nothing else."""
+    """arXiv:2401.10241 §2: W needs each matmul's input and the gradient of its output, nothing else."""
     program = program_of(GPT, {"pp": 4}, 16, engine="native", schedule="InterleavedZeroBubble")
     layer = layer_of(program)
     inputs = (2 + 2 + 2 + 8) * SBH  # of q, k, v; o; up; down

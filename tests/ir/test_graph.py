@@ -300,7 +300,7 @@ def test_the_shared_experts_gate_keeps_their_output_and_its_score() -> None:
 
 
 def test_the_z_loss_keeps_the_routers_logits() -> None:
-    """logsumexp needs its input in backward: tokens · experts in FP32 (ST-MoE, arXiv:2202.08906 §3.3)."""
+    """logsumexp needs its input in backward: tokens · experts in FP32 (ST-MoE, arXiv:2202.08906)."""
     graph = kept(layer_block(Model.model_validate({**MOE, "router": {"z_loss": 1e-3}}), 0, shape_of()))
     assert graph["moe.router_logits"] == 256 * 8 * 4
 
@@ -468,7 +468,7 @@ def test_a_dense_layer_reduces_twice_each_way_without_sequence_parallelism() -> 
 
 
 def test_a_norm_over_all_heads_adds_up_its_squares_over_tp() -> None:
-    """OLMoE's query and key norms span all heads (arXiv:2409.02060 §4.1.4), of which a rank has some."""
+    """OLMoE's query and key norms span all heads (arXiv:2409.02060), of which a rank has some."""
     block = layer_block(catalogued("olmoe-1b-7b"), 0, shape_of(tp=2))
     assert listed(block, "tp")[1:3] == [
         ("attention.q_norm.squares", REDUCE, REDUCE, None),
@@ -509,7 +509,7 @@ def test_context_parallelism_exchanges_keys_and_values_again_in_backward() -> No
 
 
 def test_a_moe_layer_exchanges_twice_each_way_what_its_tokens_choose() -> None:
-    """GShard, arXiv:2006.16668 §3.2: dispatch and combine, each T·k·h, mirrored in backward."""
+    """GShard, arXiv:2006.16668: dispatch and combine, each T·k·h, mirrored in backward."""
     model = Model.model_validate(MOE)
     block = layer_block(model, 0, shape_of(ep=4))
     degrees = {**ALONE, "ep": 4}

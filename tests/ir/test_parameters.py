@@ -83,7 +83,7 @@ def test_published_totals(name: str, total: float, active: float) -> None:
 
 
 def test_latent_attention_by_hand() -> None:
-    """DeepSeek-V2, arXiv:2405.04434 Table 1: W^DQ, W^UQ and W^QR, W^DKV and W^KR, W^UK and W^UV, W^O."""
+    """DeepSeek-V2, arXiv:2405.04434 §2.1: W^DQ, W^UQ and W^QR, W^DKV and W^KR, W^UK and W^UV, W^O."""
     heads, hidden, q_rank, kv_rank, nope, rope, value = 128, 7168, 1536, 512, 128, 64, 128
     by_hand = hidden * q_rank + q_rank * heads * (nope + rope)
     by_hand += hidden * (kv_rank + rope) + kv_rank * heads * (nope + value) + heads * value * hidden

@@ -18,7 +18,7 @@ from meshwright.ir.graph import Block, CollectiveKind
 from meshwright.ir.parameters import count_parameters, parameters
 from meshwright.ir.program import LoweredBlock, Program, degrees_of, lower, lower_block, model_flops, shape_of
 from meshwright.ir.sharding import local_numel
-from meshwright.ir.tasks import PHASES, CommTask, ComputeTask, Task
+from meshwright.ir.tasks import CommTask, ComputeTask, Task
 from meshwright.plan import Plan, resolve
 from meshwright.verify import verify
 
@@ -394,7 +394,8 @@ def test_first_and_last_stage_add_up_the_gradients_of_a_tied_table() -> None:
 
 
 def test_balance_losses_add_up_their_counts_over_the_tokens_of_a_sequence() -> None:
-    """Megatron-LM `moe/router.py`: counts and probabilities over tp and cp, which share a sequence."""
+    """Megatron-LM `moe/router.py` reduces counts over tp·cp, whose ranks share a sequence; here their summed
+    probabilities go along: two FP32 numbers for each expert and sequence, one axis after the other."""
     plan = plan_of({**MOE, "router": {"aux_loss": 1e-2}}, {"tp": 2, "cp": 2}, micro_batch_size=4)
     found = [t for t in comms(lower(plan).stages[0].blocks[1].tasks) if "balance" in t.name]
     assert [(t.axis, t.phase, t.bytes) for t in found] == [
@@ -486,7 +487,7 @@ FINGERPRINTED: dict[str, dict[str, Any]] = {
 def fingerprint(block: LoweredBlock) -> list[str]:
     """Every task of a block by phase, and every tensor that it keeps."""
     lines = [f"[{block.name}]"]
-    for phase in PHASES:
+    for phase in ("forward", "recompute", "input_gradient", "weight_gradient"):
         lines.append(f"  {phase}")
         for task in block.tasks:
             if task.phase != phase:
