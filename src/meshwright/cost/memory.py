@@ -173,12 +173,14 @@ def _held(program: Program, stages: tuple[StageProgram, ...], peak: ActivationPe
 def _transient(program: Program, stages: tuple[StageProgram, ...]) -> Iterator[MemoryLine]:
     blocks = [block for stage in stages for block in stage.blocks]
     remade = max(sum(s for s, _ in b.saved_without_recompute.values()) - b.saved_bytes for b in blocks)
-    yield MemoryLine("recomputed activations", max(0, remade), "one layer at a time, made again in backward")
+    why = "assumed: one layer at a time, made again in backward"
+    yield MemoryLine("recomputed activations", max(0, remade), why, True)
     unit = program.plan.workload.compute_bytes
     yield MemoryLine(
         "activation gradients",
         max(_gradient_bytes(block, unit) for block in blocks),
-        "the largest op's output and input gradients",
+        "assumed: no more than the largest op's output and input gradients at once",
+        True,
     )
 
 
@@ -208,17 +210,24 @@ def _op_gradient_bytes(task: ComputeTask, unit: int) -> int:
 def _buffers(program: Program, stages: tuple[StageProgram, ...]) -> Iterator[MemoryLine]:
     plan = program.plan
     sends = sum(task.bytes for stage in stages for task in stage.sends)
-    yield MemoryLine("pipeline buffers", 2 * sends, "one send and one receive buffer per neighbour")
+    yield MemoryLine(
+        "pipeline buffers", 2 * sends, "assumed: one send and one receive buffer per neighbour", True
+    )
     comms = [task for stage in stages for task in stage.tasks() if isinstance(task, CommTask)]
     exchanged = max((task.bytes for task in comms if task.axis in ("ep", "etp")), default=0)
-    yield MemoryLine("expert dispatch buffers", 2 * exchanged, "both sides of the largest exchange")
+    yield MemoryLine(
+        "expert dispatch buffers", 2 * exchanged, "assumed: both sides of the largest exchange", True
+    )
     largest = _largest_block(plan, stages)
     if plan.policy.zero_stage == 3:
         size = 2 * largest * plan.workload.compute_bytes
-        yield MemoryLine("gathered parameters", size, "the block at work and the next one, whole")
+        yield MemoryLine(
+            "gathered parameters", size, "assumed: the block at work and the next one, whole", True
+        )
     if plan.layout.size("dp_cp") > 1 and plan.policy.zero_stage >= 2:
         width = program.engine.gradient_bytes.value
-        yield MemoryLine("gradient bucket", largest * width, "one block's gradients while they are divided")
+        why = "assumed: one block's gradients while they are divided"
+        yield MemoryLine("gradient bucket", largest * width, why, True)
 
 
 def _largest_block(plan: Plan, stages: tuple[StageProgram, ...]) -> int:

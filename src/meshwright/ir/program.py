@@ -371,13 +371,17 @@ def _block_params(plan: Plan, block: str) -> list[Param]:
 
 
 def model_flops(plan: Plan, sequence_length: int) -> int:
-    """FLOPs of one training step of the whole model, forward and backward, recompute not counted."""
-    alone_policy = {"micro_batch_size": 1, "sequence_parallel": False, "zero_stage": 0}
-    policy = plan.policy.model_copy(update=alone_policy)
+    """Model FLOPs of one training step: three times those of forward, because each gradient costs as much.
+
+    The convention of MFU (Chowdhery et al., arXiv:2204.02311 appendix B) with causal attention counted once:
+    neither recompute nor the scores that FlashAttention makes again are work that a step must do.
+    """
+    update = {"micro_batch_size": 1, "sequence_parallel": False, "zero_stage": 0}
+    policy = plan.policy.model_copy(update=update)
     alone = plan.model_copy(update={"layout": Layout(), "policy": policy})
     blocks = _BlockTable(alone, shape_of(alone, sequence_length))
     kinds = Counter(plan.model.layer_kind(layer) for layer in range(plan.model.num_hidden_layers))
     first = {plan.model.layer_kind(layer): layer for layer in reversed(range(plan.model.num_hidden_layers))}
-    layers = sum(number * blocks.layer(first[kind]).flops().total for kind, number in kinds.items())
-    ends = blocks.end("embedding").flops().total + blocks.end("head").flops().total
-    return plan.workload.global_batch_size * (layers + ends)
+    forward = sum(number * blocks.layer(first[kind]).flops().forward for kind, number in kinds.items())
+    forward += blocks.end("embedding").flops().forward + blocks.end("head").flops().forward
+    return 3 * plan.workload.global_batch_size * forward
