@@ -25,6 +25,8 @@ LEVEL_OF = {
     "files": "ground",
     # nouns: pure data and integer arithmetic
     "cluster": "nouns",
+    "hardware": "nouns",
+    "gpus": "nouns",
     "model": "nouns",
     "families": "nouns",
     "config_keys": "nouns",

@@ -14,7 +14,7 @@ import pytest
 import meshwright
 from meshwright import cli
 from meshwright.__main__ import main
-from meshwright.errors import NotDoneError
+from meshwright.errors import MeshwrightError
 from meshwright.files import read_yaml
 
 SOURCE = Path(meshwright.__file__).parent.parent
@@ -296,7 +296,7 @@ def raising(error: BaseException) -> Any:
     ("error", "code", "said"),
     [
         (KeyboardInterrupt(), 130, ""),
-        (NotDoneError("deepspeed does not\ndo this"), 2, "error: deepspeed does not do this\n"),
+        (MeshwrightError("deepspeed does not\ndo this"), 2, "error: deepspeed does not do this\n"),
         (
             ZeroDivisionError("by\nzero"),
             3,

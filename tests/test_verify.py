@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from meshwright.cluster import gpu_named
 from meshwright.deployment import deployment_from
 from meshwright.errors import InputError
+from meshwright.gpus import gpu_named
 from meshwright.layout import Layout
 from meshwright.plan import Plan, resolve
 from meshwright.verify import Finding, cluster_findings, require_valid, verify

@@ -17,11 +17,11 @@ from typing import Any
 from pydantic import AliasChoices, BaseModel
 
 from meshwright.audit.figures import FIGURES
-from meshwright.cluster import GpuEntry, gpu_catalogue
 from meshwright.deployment import Deployment, deployment_from
 from meshwright.engines import engines
 from meshwright.families import catalogue_models, model_named
 from meshwright.files import json_schema
+from meshwright.gpus import GpuEntry, gpu_catalogue
 from meshwright.ir.parameters import count_parameters
 from meshwright.model import Model
 from meshwright.plan import resolve

@@ -1,122 +1,25 @@
-"""The machines: GPUs with their memory and peaks, nodes, and the link tiers between them."""
+"""The machines: nodes of equal GPUs, and the link tiers between them."""
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib.resources import files as package_files
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BeforeValidator, model_validator
 
 from meshwright.errors import InputError
-from meshwright.files import Noun, decode, parse_yaml
+from meshwright.files import Noun, decode
+from meshwright.gpus import assumed_figures, gpu_named, machine_of
+from meshwright.hardware import Efficiency, Gpu, Link
 from meshwright.layout import MAX_WORLD_SIZE, divisors, nearest_to
-from meshwright.units import (
-    BYTES,
-    BYTES_PER_S,
-    FLOPS_PER_S,
-    SECONDS,
-    Bytes,
-    BytesPerSecond,
-    Count,
-    Dimension,
-    FlopsPerSecond,
-    Seconds,
-    Share,
-)
-
-DType = Literal["fp64", "tf32", "fp32", "bf16", "fp16", "fp8", "fp4"]
-LinkKind = Literal["nvlink", "xgmi", "pcie", "ib", "roce", "efa", "ethernet", "memory"]
-
-NETWORK_KINDS: frozenset[str] = frozenset({"ib", "roce", "efa", "ethernet"})
-"""Kinds of link that are a network card's: their makers give the rate in bits."""
+from meshwright.units import BYTES_PER_S, SECONDS, Count
 
 MAX_LOCAL = 4096
-LOCAL_GPU = "cpu-process"
-"""Name of a local process where a GPU's name stands."""
-
 """Most processes that one machine is asked to run."""
 
-# What no machine of today reaches, or falls below. The bounds catch a wrong prefix, and bits read as bytes.
-_MAX_MEMORY_BYTES = 10e12
-_MEMORY_BANDWIDTH_RANGE = (5e9, 50e12)
-_MAX_PEAK_FLOPS_PER_S = 1e17
-_MAX_LINK_BYTES_PER_S = 5e12
-_MAX_NETWORK_BYTES_PER_S = 400e9  # not reached by any card: 400 and 800 stand on cards as Gb/s
-_MAX_LATENCY_S = 0.1
-
-
-class Gpu(Noun):
-    """One accelerator. Peaks are dense (no sparsity), in FLOP/s with a multiply-add counted as two."""
-
-    name: str = "inline"
-    memory: Bytes
-    memory_bandwidth: BytesPerSecond
-    peak: dict[DType, FlopsPerSecond]
-
-    @model_validator(mode="after")
-    def _is_plausible(self) -> Gpu:
-        if not self.peak:
-            raise InputError("peak", {}, "at least one number type with its peak", ["{bf16: 400 TFLOP/s}"])
-        _within("memory", self.memory, BYTES, 0, _MAX_MEMORY_BYTES)
-        _within("memory_bandwidth", self.memory_bandwidth, BYTES_PER_S, *_MEMORY_BANDWIDTH_RANGE)
-        for dtype, flops_per_s in self.peak.items():
-            _within(f"peak.{dtype}", flops_per_s, FLOPS_PER_S, 0, _MAX_PEAK_FLOPS_PER_S)
-        return self
-
-    def peak_flops_per_s(self, precision: str) -> float:
-        """Dense peak for a number type. Raises InputError for a type that this GPU has no figure for."""
-        for dtype, flops_per_s in self.peak.items():
-            if dtype == precision:
-                return flops_per_s
-        raise InputError("workload.precision", precision, f"{self.name} has no peak for it", list(self.peak))
-
-
-def _within(key: str, value: float, dimension: Dimension, low: float, high: float) -> None:
-    """Refuse a figure that no machine has, and guess the prefix that was meant."""
-    if low <= value <= high:
-        return
-    at_least = f"at least {dimension.format(low)} and " if low else ""
-    factor = 1e-3 if value > high else 1e3
-    guess = value * factor
-    while not low <= guess <= high:
-        guess *= factor
-    rule = f"no machine has this: it is {at_least}at most {dimension.format(high)}; is the prefix right?"
-    raise InputError(key, dimension.format(value), rule, [dimension.format(guess)])
-
-
-class Link(Noun):
-    """One tier of the network. `gpus` is how many it joins (None: the whole cluster); bandwidth is per GPU
-    and direction."""
-
-    name: str
-    gpus: Count | None = None
-    kind: LinkKind
-    bandwidth: BytesPerSecond
-    latency: Seconds
-
-    @model_validator(mode="after")
-    def _is_plausible(self) -> Link:
-        if self.kind in NETWORK_KINDS and self.bandwidth >= _MAX_NETWORK_BYTES_PER_S:
-            rule = (
-                f"{self.kind} bandwidth is per GPU and direction, and no card has this many bytes: "
-                "is it Gb/s (bits), or the sum over a node?"
-            )
-            as_bits = f"{self.bandwidth / 1e9:.4g} Gb/s"
-            raise InputError("bandwidth", BYTES_PER_S.format(self.bandwidth), rule, [as_bits])
-        _within("bandwidth", self.bandwidth, BYTES_PER_S, 0, _MAX_LINK_BYTES_PER_S)
-        _within("latency", self.latency, SECONDS, 0, _MAX_LATENCY_S)
-        return self
-
-
-class Efficiency(Noun):
-    """Flat shares of the peaks that are reached, as a document states them."""
-
-    compute: Share | None = None
-    bandwidth: Share | None = None
+LOCAL_GPU = "cpu-process"
+"""Name of a local process where a GPU's name stands."""
 
 
 class Cluster(Noun):
@@ -223,6 +126,8 @@ class ClusterRequest(Noun):
             links = machine.links_for(self.nodes, per_node or machine.gpus_per_node)
             text = ", ".join(_described(link) for link in links)
             used["cluster.links"] = f"{text}: the {self.gpu.name} catalogue machine"
+            for key, value, why in assumed_figures(self.gpu.name):
+                used[f"cluster.{key}"] = f"{value}: assumed, {why}"
         fields = {"nodes": self.nodes, "gpus_per_node": per_node, "gpu": self.gpu, "links": links}
         return decode(Cluster, {**fields, "efficiency": self.efficiency}, "cluster"), used
 
@@ -272,131 +177,3 @@ def read_cluster(value: object) -> ClusterRequest | LocalRequest:
         return decode(LocalRequest, value) if "local" in value else decode(ClusterRequest, value)
     near = ["local", "{local: 8}", "{nodes: 64, gpu: h100-sxm}"]
     raise InputError("value", value, "a cluster is `local` or a mapping", near)
-
-
-class Machine(Noun):
-    """What a GPU usually sits in: node size and link tiers, innermost first."""
-
-    gpus_per_node: Count
-    links: tuple[Link, ...]
-
-    def links_for(self, nodes: int, per_node: int) -> tuple[Link, ...]:
-        """The tiers for a cluster of this machine.
-
-        A tier within a node shrinks with the node. A domain of several nodes (such as a rack of 72 GPUs)
-        that the cluster does not fill is filled evenly: 128 GPUs are two domains of 64, not 72 and 56.
-        """
-        return tuple(self._filled(link, nodes, per_node) for link in self.links)
-
-    def _filled(self, link: Link, nodes: int, per_node: int) -> Link:
-        size = link.gpus
-        if size is None:
-            return link
-        if size <= self.gpus_per_node:
-            return link.model_copy(update={"gpus": min(size, per_node)})
-        domains = -(-nodes * per_node // size)
-        return link if nodes % domains else link.model_copy(update={"gpus": nodes // domains * per_node})
-
-
-class Cited(Noun):
-    """One figure, where it comes from and when that was read; an assumption's source begins `assumed:`."""
-
-    value: str | int
-    source: str
-    date: str
-
-
-class CitedLink(Noun):
-    """A link tier of the catalogue."""
-
-    name: str
-    gpus: Count | None = None
-    kind: LinkKind
-    bandwidth: Cited
-    latency: Cited
-
-
-class GpuEntry(Noun):
-    """A GPU of the catalogue: every figure cited."""
-
-    aliases: tuple[str, ...] = ()
-    note: str = ""
-    memory: Cited
-    memory_bandwidth: Cited
-    peak: dict[DType, Cited]
-    gpus_per_node: Cited
-    links: tuple[CitedLink, ...]
-
-    def figures(self) -> dict[str, Cited]:
-        """Every figure by its key, such as `peak.bf16` and `links.node.latency`."""
-        links = {
-            f"links.{link.name}.{key}": figure
-            for link in self.links
-            for key, figure in (("bandwidth", link.bandwidth), ("latency", link.latency))
-        }
-        peaks = {f"peak.{dtype}": figure for dtype, figure in self.peak.items()}
-        scalars = {key: getattr(self, key) for key in ("memory", "memory_bandwidth", "gpus_per_node")}
-        return scalars | peaks | links
-
-
-@cache
-def gpu_catalogue() -> Mapping[str, GpuEntry]:
-    """Every GPU of the catalogue by name, with the source and date of each figure."""
-    text = package_files("meshwright").joinpath("catalog/gpus.yaml").read_text("utf-8")
-    return {name: decode(GpuEntry, entry, name) for name, entry in parse_yaml(text, "gpus.yaml").items()}
-
-
-def gpu_named(name: str) -> Gpu:
-    """A GPU of the catalogue, by name or alias. Raises InputError with the nearest names."""
-    canonical = _canonical(name)
-    if canonical is None:
-        names = list(gpu_catalogue())
-        near = difflib.get_close_matches(_normal(name), names, n=3, cutoff=0.4) or names
-        raise InputError("gpu", name, "no GPU of the catalogue has this name", near)
-    entry = gpu_catalogue()[canonical]
-    fields = {
-        "name": canonical,
-        "memory": entry.memory.value,
-        "memory_bandwidth": entry.memory_bandwidth.value,
-        "peak": {dtype: figure.value for dtype, figure in entry.peak.items()},
-    }
-    return decode(Gpu, fields, canonical)
-
-
-def machine_of(name: str) -> Machine | None:
-    """The machine that a catalogue GPU usually sits in; None for an inline GPU."""
-    canonical = _canonical(name)
-    if canonical is None:
-        return None
-    entry = gpu_catalogue()[canonical]
-    links = [
-        {**link.model_dump(), "bandwidth": link.bandwidth.value, "latency": link.latency.value}
-        for link in entry.links
-    ]
-    return decode(Machine, {"gpus_per_node": entry.gpus_per_node.value, "links": links}, canonical)
-
-
-def assumed_figures(gpu_name: str) -> list[tuple[str, str, str]]:
-    """The figures of a catalogue GPU and its machine that are assumed: key, value, reason.
-
-    Empty for a GPU that is not of the catalogue: its figures are the file's own.
-    """
-    canonical = _canonical(gpu_name)
-    figures = gpu_catalogue()[canonical].figures() if canonical else {}
-    return [
-        (key, str(figure.value), figure.source.removeprefix("assumed:").strip())
-        for key, figure in figures.items()
-        if figure.source.startswith("assumed:")
-    ]
-
-
-def _normal(name: str) -> str:
-    return "-".join(name[:64].lower().replace("_", " ").split())
-
-
-def _canonical(name: str) -> str | None:
-    wanted = _normal(name)
-    for canonical, entry in gpu_catalogue().items():
-        if wanted == canonical or wanted in entry.aliases:
-            return canonical
-    return None

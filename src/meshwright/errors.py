@@ -1,8 +1,7 @@
 """What can go wrong, as one small tree.
 
 MeshwrightError          anything meshwright says to its user; the message is the whole story
-├── InputError           a file, flag or figure that cannot be used; exit code 2
-└── NotDoneError         a request understood but not served by this engine or version; exit code 2
+└── InputError           a file, flag or figure that cannot be used; exit code 2
 """
 
 from __future__ import annotations
@@ -34,10 +33,6 @@ class InputError(MeshwrightError, ValueError):
         if self.nearest:
             text += f" (nearest: {', '.join(str(value) for value in self.nearest)})"
         return text
-
-
-class NotDoneError(MeshwrightError):
-    """A valid request that this version or engine does not serve; says what would be served."""
 
 
 def shown(value: object) -> str:

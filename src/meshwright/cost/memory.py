@@ -80,9 +80,7 @@ def rank_memory(program: Program, pp_rank: int) -> RankMemory:
         *_buffers(program, stages),
     ]
     engine = program.engine
-    dynamic = sum(
-        line.bytes for line in lines if line.name not in ("weights", "gradients", "optimizer states")
-    )
+    dynamic = sum(line.bytes for line in lines if line.name not in STATES)
     slack = round(dynamic * engine.slack.value)
     share = f"{100 * engine.slack.value:g}% of activations and buffers"
     lines.append(
