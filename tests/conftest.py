@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# On a developer's machine each run draws new examples; continuous integration repeats the same ones, so that
+# a change is judged by what it changes.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 GOLDEN = Path(__file__).parent / "golden"
 
