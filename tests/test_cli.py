@@ -15,7 +15,7 @@ import meshwright
 from meshwright import cli
 from meshwright.__main__ import main
 from meshwright.errors import MeshwrightError
-from meshwright.files import read_yaml
+from meshwright.files import read_yaml, to_yaml
 
 SOURCE = Path(meshwright.__file__).parent.parent
 
@@ -197,7 +197,17 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "etp that does not divide": (["groups", "FILE", "--set", "layout.etp=3"], "layout.etp: 3: "),
     "a rank outside the world": (["groups", "FILE", "--rank", "16"], "rank: 16: "),
     "a rank below zero": (["groups", "FILE", "--rank", "-1"], "rank: -1: "),
-    "a rank that is no number": (["groups", "FILE", "--rank", "one"], "--rank"),
+    "a rank that is no number": (["groups", "FILE", "--rank", "one"], "--rank: 'one': a rank is a whole"),
+    "a rank of too many digits": (["groups", "FILE", "--rank", "9" * 5000], "--rank: '999"),
+    "standard input": (["audit", "-"], "FILE: '-': standard input is not read"),
+    "an item of a list as a key": (
+        ["groups", "FILE", "--set", "cluster.links=[{name: a}]", "--set", "cluster.links.0.kind=ib"],
+        "(nearest: cluster.links[0].kind)",
+    ),
+    "no such model file": (
+        ["groups", "FILE", "--set", "model={config: nope.json}"],
+        "model.config: 'nope.json': the file cannot be read (",
+    ),
     "a model that does not divide": (
         ["groups", "FILE", "--rank", "0", "--set", "model.num_experts=6"],
         "layout.ep: 4: must divide num_experts = 6",
@@ -283,6 +293,107 @@ def test_a_reader_that_leaves_is_no_error(file: str) -> None:
         said = writer.stderr.read().decode()
         assert writer.wait() == cli.BROKEN_PIPE
     assert said == ""
+
+
+@pytest.mark.parametrize("arguments", [["groups", "FILE"], ["schema"], ["--version"], ["--help"]])
+def test_an_output_with_no_room_is_no_defect(arguments: list[str], file: str) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    command = [sys.executable, "-m", "meshwright", *(file if word == "FILE" else word for word in arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    with full.open("w") as out:
+        done = subprocess.run(
+            command, stdout=out, stderr=subprocess.PIPE, text=True, env=environment, timeout=60, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: standard output: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_closed_output_is_no_defect(file: str, tmp_path: Path) -> None:
+    meshwright_in_shell = f'"{sys.executable}" -m meshwright'
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    for arguments, code in (("groups", 2), (f'groups -o "{tmp_path / "out"}"', 0), ("groups --rank x", 2)):
+        command = f'{meshwright_in_shell} {arguments} "{file}" >&-'
+        done = subprocess.run(
+            ["sh", "-c", command],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == code
+        assert done.stderr.count("\n") == (code == 2)
+        assert "defect" not in done.stderr
+    quiet = ["sh", "-c", f"{meshwright_in_shell} groups missing.yaml 2>&-"]
+    silent = subprocess.run(quiet, stdout=subprocess.PIPE, env=environment, timeout=60, check=False)
+    assert (silent.returncode, silent.stdout) == (2, b"")
+
+
+def test_help_cuts_no_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["--help"]) == 0
+    assert "..." not in capsys.readouterr().out.partition("Commands:")[2]
+
+
+ESCAPES = "T\x1b[2J\x1b]0;title\x07\x9b31m\u202e"
+
+
+@pytest.mark.parametrize("flags", [[], ["--full"]])
+def test_an_audit_never_steers_the_terminal(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = read_yaml(SOURCE.parent / "examples" / "brief.yaml")
+    claims = document["claims"]
+    stated = claims["figures"]
+    for figures, value in ((stated, "0-127"), ([], "0-127"), (stated, ESCAPES)):
+        claims["document"] = ESCAPES if figures else ""
+        document["name"] = ESCAPES
+        document["cluster"]["gpu"]["name"] = ESCAPES
+        document["cluster"]["links"][0]["name"] = ESCAPES
+        claims["assumptions"] = {f"model.{ESCAPES}": ESCAPES}
+        claims["figures"] = [
+            *({**figure, "where": ESCAPES} for figure in figures),
+            {"id": "stage_ranks", "value": [value, "0-127"], "where": ESCAPES},
+            {"id": "head_dim", "value": 64, "formula": "8 *\t8"},
+            {"id": "world_size", "value": 512, "formula": "8 *\t8"},
+        ]
+        file = tmp_path / "hostile.yaml"
+        file.write_text(to_yaml(document), "utf-8")
+        code = main(["audit", str(file), *flags])
+        out, err = capsys.readouterr()
+        assert code == 0 or value == ESCAPES, err  # such a value may be refused, in one harmless line
+        for sign in "\x1b\x07\x9b\u202e\t":
+            assert sign not in out
+            assert sign not in err
+
+
+def test_an_audit_answers_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", str(SOURCE.parent / "examples" / "brief.yaml")]) == 0
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == "Optimized Parallel Deployment Method for 30B MoE Model"
+    assert lines[0].startswith("Layout TP8 PP4 DP4 EP16 cannot exist on 512 GPUs: layout.dp 4: ")
+    text = " ".join(lines)
+    assert "(nearest: 16). Nearest that can: DP 4 -> 16 (" in text
+    assert text.index("Nearest that can") < text.index("stated figures: ") < text.index("✗ parameters")
+    assert "world_size 512 (its formula gives 2,048) (x2): " in text
+    assert "micro-batch  changes" in text
+
+
+def test_full_memory_lines_give_the_reason_of_every_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", str(SOURCE.parent / "examples" / "brief.yaml"), "--full"]) == 0
+    assert "4/3/2/1 micro-batches in flight under 1F1B" in capsys.readouterr().out
+
+
+def test_a_layout_that_does_not_fit_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    brief = str(SOURCE.parent / "examples" / "brief.yaml")
+    assert main(["audit", brief, "--set", "cluster.gpu.memory=2 GB"]) == 0
+    out = capsys.readouterr().out
+    assert "DOES NOT FIT" in out
+    assert " GB !" in out
+    assert "! does not fit in the 2 GB of a GPU" in out
 
 
 def raising(error: BaseException) -> Any:

@@ -316,6 +316,19 @@ def test_one_rank_on_the_terminal(large: Plan, golden: Callable[[str, str], None
     golden("groups_rank_137.txt", rendered(lambda console: show_rank(large, facts, [], console)))
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_breaks_no_number(width: int) -> None:
+    cluster, layout = _cluster(16384), {"tp": 1, "pp": 4, "ep": 16}
+    document = {**LARGE, "cluster": cluster, "layout": layout}
+    document["workload"] = {"global_batch_size": 131072, "sequence_length": 4096}
+    plan = resolve(deployment_from(document, Path()))
+    facts = rank_facts(plan, 3)
+    text = plain_groups(document, width) + rendered(lambda c: show_rank(plan, facts, [], c), width=width)
+    assert max(map(len, text.splitlines())) <= width
+    for whole in ("32768-65535", "98304-131071", "131056-131071", "128×768×2048", "151936×2048"):
+        assert whole in text
+
+
 def _cluster(nodes: int) -> dict[str, Any]:
     return {"nodes": nodes, "gpus_per_node": 8, "gpu": GPU, "links": [NODE, FABRIC]}
 

@@ -68,6 +68,16 @@ Commands that do not search fill in what a file leaves open, and print each defa
 For two `h100-sxm` nodes, `qwen3-30b-a3b` and nothing but a workload they take:
 """
 
+WITHOUT_EFFECT = {
+    "policy.expert_overlap": "a step-time model: how much of the expert exchanges hides behind compute",
+    "training.*": "the training runtime",
+    "workload.routing": "the sharding of work: how uneven the experts' loads are",
+    "workload.sequence_length.mean": "a step-time model: the work of a mean step; memory takes the maximum",
+    "cluster.efficiency.bandwidth": "a step-time model: the share of each link's bandwidth that is reached",
+    "model.router.aux_loss_scope": "the training runtime: over which tokens the balancing loss is taken",
+}
+"""Keys that are read and checked, while nothing computes with them: what will."""
+
 MINIMAL: dict[str, Any] = {
     "cluster": {"nodes": 2, "gpu": "h100-sxm"},
     "model": "qwen3-30b-a3b",
@@ -82,6 +92,7 @@ def file_reference() -> str:
     parts = [MARK, "", "# File reference", "", INTRODUCTION]
     parts += _sections(json_schema(Deployment), "", [])
     parts += ["## Defaults", "", *_defaults()]
+    parts += ["## Taken but without effect yet", "", *_without_effect()]
     parts += ["## Figures", "", *_figures()]
     parts += ["## Catalogue names", "", *_gpu_names(), *_model_names(), *_engine_names()]
     return "\n".join(parts).rstrip() + "\n"
@@ -96,7 +107,7 @@ def gpu_page() -> str:
         "",
         "Every figure of the catalogue, where it comes from, and the day that was read. Bandwidth is per GPU "
         "and direction; peaks are dense, a multiply-add counted as two. **assumed** marks a judgement that "
-        'no source stands behind; a source "from memory" was not read again.',
+        "no source stands behind, or a figure given from memory that was not read again.",
         "",
     ]
     for name, entry in gpu_catalogue().items():
@@ -248,6 +259,16 @@ def _defaults() -> Iterator[str]:
     yield "|---|---|"
     plan = resolve(deployment_from(MINIMAL, Path()))
     yield from (f"| `{key}` | {_cell(value)} |" for key, value in plan.defaults.items())
+    yield ""
+
+
+def _without_effect() -> Iterator[str]:
+    """The keys that no command computes with."""
+    yield "These keys are read and checked, and no figure depends on them yet."
+    yield ""
+    yield "| key | what will use it |"
+    yield "|---|---|"
+    yield from (f"| `{key}` | {use} |" for key, use in WITHOUT_EFFECT.items())
     yield ""
 
 

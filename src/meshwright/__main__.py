@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from meshwright.cli import UsageError, app, say
+from meshwright.cli import UsageError, app, discard_the_rest, say
 from meshwright.errors import MeshwrightError
 
 BAD_INPUT, DEFECT, INTERRUPTED = 2, 3, 130
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Errors become one line on stderr. With the environment variable MESHWRIGHT_TRACEBACK set, a defect
     shows its traceback instead.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):  # None where the shell closed one
         if hasattr(stream, "reconfigure"):  # a sign that the terminal's encoding lacks is no reason to stop
             stream.reconfigure(errors="replace")
     try:
@@ -34,6 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error.format_message()} (see meshwright --help)")  # type: ignore[attr-defined]
     except KeyboardInterrupt:
         return INTERRUPTED
+    except OSError as error:  # the command-line library prints help itself; files raise errors of their own
+        if os.environ.get(TRACEBACK_SWITCH):
+            raise
+        discard_the_rest()
+        place = error.filename or "standard output"
+        return _fail(f"{place}: {error.strerror or error}: it cannot be read or written")
     except Exception as error:
         if os.environ.get(TRACEBACK_SWITCH):
             raise

@@ -28,6 +28,7 @@ class Conditions(Noun):
 
     sequence_length: Count | None = None
     micro_batch_size: Count | None = None
+    sequences_per_replica: Count | None = None
 
 
 def _read_value(value: object) -> object:

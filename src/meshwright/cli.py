@@ -10,7 +10,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -57,7 +58,7 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Audit, plan, simulate, dry-run and train mixture-of-experts deployments from one description."""
+    """Describe a mixture-of-experts deployment, audit its figures, and see who talks to whom."""
     if version:
         deliver(f"meshwright {__version__}\n")
         raise typer.Exit
@@ -88,17 +89,24 @@ def audit(
 @app.command()
 def groups(
     file: File,
-    rank: Annotated[int | None, typer.Option(metavar="N", help="Show all about one rank instead.")] = None,
+    rank: Annotated[str | None, typer.Option(metavar="N", help="Show all about one rank instead.")] = None,
     as_json: Json = False,
     output: Output = None,
     overrides: Overrides = None,
 ) -> None:
-    """List which ranks form each parallel group, and what links they cross."""
+    """List the ranks of each parallel group and the links they cross."""
     deployment = read(file, overrides, output)
     if rank is None:
         _all_groups(deployment, as_json, output)
     else:
-        _groups_of_rank(deployment, rank, as_json, output)
+        _groups_of_rank(deployment, _rank_number(rank), as_json, output)
+
+
+def _rank_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError("--rank", text, "a rank is a whole number, counted from 0", [0]) from None
 
 
 def _all_groups(deployment: Deployment, as_json: bool, output: str | None) -> None:
@@ -153,6 +161,8 @@ def read(file: str, overrides: list[str] | None, output: str | None) -> Deployme
     """The deployment in a file. Raises InputError also where the output would overwrite it."""
     from meshwright.deployment import read_deployment
 
+    if file == "-":
+        raise InputError("FILE", file, "standard input is not read; give the path of a file")
     if output and os.path.exists(output) and os.path.exists(file) and os.path.samefile(output, file):
         raise InputError("--output", output, "the file that is read would be overwritten")
     return read_deployment(file, overrides or ())
@@ -170,7 +180,13 @@ def present(
         return
     from meshwright.terminal import rendered
 
-    deliver(rendered(show, is_terminal=output is None and sys.stdout.isatty()), output)
+    deliver(rendered(show, is_terminal=output is None and _has_stdout() and sys.stdout.isatty()), output)
+
+
+def _has_stdout() -> bool:
+    """Whether there is a standard output: a shell's `>&-` leaves a process without one."""
+    stream: object = sys.stdout
+    return stream is not None
 
 
 def deliver(text: str, output: str | None = None) -> None:
@@ -180,13 +196,23 @@ def deliver(text: str, output: str | None = None) -> None:
 
         write_text(output, text)
         return
+    if not _has_stdout():
+        raise InputError("standard output", "closed", "there is no place to print to", ["-o PATH"])
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is still buffered must find a place to go, or the interpreter complains when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_the_rest()
         raise typer.Exit(BROKEN_PIPE) from None
+    except OSError as error:
+        discard_the_rest()
+        raise InputError("standard output", error.strerror, "the output cannot be written") from None
+
+
+def discard_the_rest() -> None:
+    """Give what is still buffered a place to go, or the interpreter complains when it ends."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def tell(defaults: Mapping[str, str], findings: Iterable[Finding]) -> None:
@@ -199,4 +225,7 @@ def tell(defaults: Mapping[str, str], findings: Iterable[Finding]) -> None:
 
 def say(message: str) -> None:
     """Print one line on stderr, whatever the message holds: names and values in it come from outside."""
-    print(printable(message), file=sys.stderr)
+    stream: TextIO | None = sys.stderr
+    if stream is not None:  # `print` would take standard output instead
+        with suppress(OSError):  # no place is left to complain about that
+            print(printable(message), file=stream, flush=True)

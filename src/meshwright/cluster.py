@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, model_validator
 
 from meshwright.errors import InputError
 from meshwright.files import Noun, decode
-from meshwright.gpus import assumed_figures, gpu_named, machine_of
+from meshwright.gpus import assumed_figures, assumed_node_size, gpu_named, machine_of
 from meshwright.hardware import Efficiency, Gpu, Link
 from meshwright.layout import MAX_WORLD_SIZE, divisors, nearest_to
 from meshwright.units import BYTES_PER_S, SECONDS, Count
@@ -121,7 +121,9 @@ class ClusterRequest(Noun):
             raise InputError(key, "missing", "a GPU that is not of the catalogue needs it")
         if machine is not None and per_node is None:
             per_node = machine.gpus_per_node
-            used["cluster.gpus_per_node"] = f"{per_node}, the {self.gpu.name} catalogue machine"
+            assumed = assumed_node_size(self.gpu.name)
+            words = f"assumed, {assumed}" if assumed else f"the {self.gpu.name} catalogue machine"
+            used["cluster.gpus_per_node"] = f"{per_node}: {words}"
         if machine is not None and links is None:
             links = machine.links_for(self.nodes, per_node or machine.gpus_per_node)
             text = ", ".join(_described(link) for link in links)

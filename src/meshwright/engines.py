@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files as package_files
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -15,6 +15,7 @@ from meshwright.units import Bytes, Count, Share
 from meshwright.workload import Precision
 
 ValueT = TypeVar("ValueT")
+Reduction = Literal["each_micro_batch", "once_per_step"]
 
 
 class Fact(BaseModel, Generic[ValueT]):
@@ -34,11 +35,13 @@ class Engine(Noun):
     """Facts of one engine.
 
     Bytes are per parameter or per rank; the booleans say which tensors a layer keeps for backward (see
-    `ir/blocks.py`); the lists say what the engine runs at all.
+    `ir/blocks.py`); the lists say what the engine runs at all. `reduces_gradients` is for ZeRO-2 and 3
+    without a pipeline: with one, gradients add up over the micro-batches and are reduced once.
     """
 
     title: str
     gradient_bytes: Fact[Count]
+    reduces_gradients: Fact[Reduction]
     master_in_parameter: Fact[bool]
     saves_gathered_input: Fact[bool]
     fused_activation: Fact[bool]

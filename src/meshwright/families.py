@@ -12,6 +12,7 @@ read over too; keys that begin with `_` are notes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import cache
@@ -40,7 +41,7 @@ from meshwright.config_keys import (
     window_if_used,
     windows,
 )
-from meshwright.errors import InputError
+from meshwright.errors import InputError, shown
 from meshwright.files import decode, parse_yaml, read_yaml
 from meshwright.model import Model
 
@@ -340,4 +341,10 @@ def _model_from_file(value: Mapping[str, Any], folder: Path) -> Model:
     if "\0" not in given and path.is_dir():
         path = path / "config.json"
     stem = path.stem
-    return model_from_config(read_yaml(path), path.absolute().parent.name if stem == "config" else stem)
+    try:
+        content = read_yaml(path)
+    except InputError as error:
+        near = [os.path.relpath(str(name), folder) for name in error.nearest]
+        rule = f"{error.rule} ({error.key}: {shown(error.value)})"
+        raise InputError("model.config", given, rule, near) from None
+    return model_from_config(content, path.absolute().parent.name if stem == "config" else stem)

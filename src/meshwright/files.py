@@ -347,6 +347,10 @@ def _set(document: dict[str, Any], path: str, value: object) -> None:
             place[last] = {}
         place = place[last]
         if isinstance(step, str):
+            if isinstance(place, list):
+                near = re.sub(r"\.(\d+)(?![^.\[])", r"[\1]", path)
+                rule = f"{last!r} holds a list: an item of it is written {last}[0]"
+                raise InputError("--set", path, rule, [near] if near != path else [])
             if not isinstance(place, dict):
                 raise InputError("--set", path, f"{last!r} holds {shown(place)}, not a mapping")
             place.setdefault(step, None)

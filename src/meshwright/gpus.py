@@ -116,17 +116,29 @@ def machine_of(name: str) -> Machine | None:
 
 
 def assumed_figures(gpu_name: str) -> list[tuple[str, str, str]]:
-    """The figures of a catalogue GPU and its machine that are assumed: key, value, reason.
+    """The figures of a catalogue GPU and its machine that are assumed: key of the cluster, value, reason.
 
-    Empty for a GPU that is not of the catalogue: its figures are the file's own.
+    Empty for a GPU that is not of the catalogue: its figures are the file's own. The size of a node is not
+    among them: a file may give it and leave the rest to the catalogue.
     """
     canonical = _canonical(gpu_name)
     figures = gpu_catalogue()[canonical].figures() if canonical else {}
     return [
-        (key, str(figure.value), figure.source.removeprefix("assumed:").strip())
+        (key if key.startswith("links.") else f"gpu.{key}", str(figure.value), _reason(figure.source))
         for key, figure in figures.items()
-        if figure.source.startswith("assumed:")
+        if figure.source.startswith("assumed:") and key != "gpus_per_node"
     ]
+
+
+def assumed_node_size(gpu_name: str) -> str:
+    """Why the node size of a catalogue GPU is an assumption; empty where its maker states it."""
+    canonical = _canonical(gpu_name)
+    source = gpu_catalogue()[canonical].gpus_per_node.source if canonical else ""
+    return _reason(source) if source.startswith("assumed:") else ""
+
+
+def _reason(source: str) -> str:
+    return source.removeprefix("assumed:").strip()
 
 
 def _normal(name: str) -> str:

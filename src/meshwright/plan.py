@@ -9,11 +9,12 @@ from typing import Any
 
 from meshwright.cluster import Cluster
 from meshwright.deployment import Deployment, Training
+from meshwright.engines import engine_named
 from meshwright.errors import InputError
 from meshwright.files import Noun, decode, read_yaml, to_yaml, write_text
 from meshwright.layout import Layout, LayoutRequest, nearest_divisors
 from meshwright.model import Model
-from meshwright.policy import CHUNKED_SCHEDULES, Policy, ScheduleName
+from meshwright.policy import CHUNKED_SCHEDULES, EngineName, Policy, ScheduleName
 from meshwright.workload import Workload
 
 
@@ -127,10 +128,12 @@ def resolve_policy(deployment: Deployment, layout: Layout) -> tuple[Policy, dict
             shown = str(value).lower() if isinstance(value, bool) else value
             used[f"policy.{name}"] = f"{shown}: {why}"
 
-    default("engine", "native", "meshwright's own runtime")
+    default("engine", *_default_engine(deployment, layout))
     default("micro_batch_size", 1, "one sequence at a time")
     default("schedule", "Interleaved1F1B" if layout.vpp > 1 else "1F1B", "the usual order for this vpp")
-    default("zero_stage", 1, "optimizer states divided over data-parallel ranks")
+    zero_stages = engine_named(chosen["engine"]).zero_stages
+    least = 1 if 1 in zero_stages else zero_stages[0]
+    default("zero_stage", least, "the least that divides optimizer states over data-parallel ranks")
     default("sequence_parallel", layout.tp > 1, "with tensor parallelism" if layout.tp > 1 else "tp is 1")
     default("recompute", "none", "keep all activations")
     default("dispatcher", "alltoall", "tokens travel to their experts")
@@ -143,6 +146,26 @@ def resolve_policy(deployment: Deployment, layout: Layout) -> tuple[Policy, dict
             f"{text}: as even as {deployment.model.num_hidden_layers} layers allow"
         )
     return decode(Policy, chosen, "policy"), used
+
+
+def _default_engine(deployment: Deployment, layout: Layout) -> tuple[EngineName, str]:
+    """meshwright's own runtime where it runs the model, else the first engine that does."""
+    wanted = deployment.policy.schedule
+    candidates: tuple[EngineName, ...] = ("native", "megatron", "torchtitan")
+    for name in candidates:
+        engine = engine_named(name)
+        runs = (
+            layout.cp <= engine.max_cp
+            and (engine.latent_attention or not deployment.model.is_mla)
+            and deployment.workload.precision in engine.precisions
+            and (wanted is None or wanted in engine.schedules)
+        )
+        if runs:
+            return name, OWN_ENGINE if name == "native" else "the native engine does not run this"
+    return "native", OWN_ENGINE
+
+
+OWN_ENGINE = "meshwright's own runtime"
 
 
 def split_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:

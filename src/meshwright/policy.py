@@ -22,6 +22,10 @@ V_SCHEDULES: frozenset[ScheduleName] = frozenset(("ZBVZeroBubble", "DualPipeV"))
 """Schedules whose second chunk runs back through the ranks: rank r holds stages r and 2P−1−r."""
 
 
+SPLIT_BACKWARD: frozenset[ScheduleName] = frozenset(("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"))
+"""Schedules that run the input gradient and the weight gradient of a micro-batch apart."""
+
+
 class PolicyRequest(Noun):
     """The `policy` of a deployment file: what is given is kept, what is missing is chosen."""
 

@@ -182,8 +182,14 @@ def parse_count(value: object, key: str = "value") -> int:
 
 
 def _count_guess(value: object) -> list[object]:
-    text = value.strip().replace(",", "").replace("_", "") if isinstance(value, str) else ""
-    return [int(text)] if text.isdecimal() and len(text) < 16 else []
+    """The plain number that somebody meant by `30B`, `1,024` or `"30.5e9"`."""
+    text = re.sub(r"[,_\s]", "", value[:_LONGEST_QUANTITY]) if isinstance(value, str) else ""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)(?:[eE](\d{1,2}))?\s*([kKMBGT]?)", text, re.ASCII)
+    if match is None:
+        return []
+    power = int(match[2] or 0) + {"": 0, "K": 3, "M": 6, "B": 9, "G": 9, "T": 12}[match[3].upper()]
+    number = Fraction(match[1]) * 10**power
+    return [int(number)] if number.denominator == 1 and 0 < number <= MAX_COUNT else []
 
 
 def parse_count_or_zero(value: object, key: str = "value") -> int:

@@ -17,7 +17,7 @@ from meshwright.ir.schedule import require_buildable
 from meshwright.layout import Layout, divisors, nearest_divisors, nearest_to
 from meshwright.model import Model
 from meshwright.plan import Plan
-from meshwright.policy import Policy
+from meshwright.policy import SPLIT_BACKWARD, Policy
 from meshwright.workload import Workload
 
 
@@ -180,7 +180,7 @@ def _combination_findings(model: Model, layout: Layout, policy: Policy, engine: 
             "else each rank of tp routes every token"
         )
         yield Finding("policy.sequence_parallel", False, rule, (True,))
-    splits_weight_gradient = policy.schedule in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+    splits_weight_gradient = policy.schedule in SPLIT_BACKWARD
     if policy.zero_stage == 3 and splits_weight_gradient and layout.pp > 1:
         rule = (
             f"with {policy.schedule} PyTorch reshards parameters before the deferred weight gradient "

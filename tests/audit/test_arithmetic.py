@@ -15,6 +15,9 @@ from meshwright.errors import InputError
     [
         ("8 * 4 * 16 * 4", 2048),
         ("8 × 4 × 16 × 4", 2048),
+        ("8 x 4 x 16 x 4", 2048),
+        ("1,024 / 8", 128),
+        ("4 * 2 bytes", 8),
         ("128 ÷ 4", 32),
         ("128 / 0.016 s", 8000),
         ("400 TFLOP/s * 60%", 240e12),
@@ -32,7 +35,7 @@ def test_formulas(formula: str, value: float) -> None:
 NOT_ARITHMETIC = (
     """
 __import__('os').system('true')|2 ** 99999999|a + 1|1 if 1 else 2|[1]*9||1 +|(1|1; 2|lambda: 1|9 ** 9 ** 9
-|1 / 0|3 parsecs|1e99 * 1e99 * 1e99 * 1e99|True + 1|1_000|0x10|1 @ 2
+|1 / 0|3 parsecs|1e99 * 1e99 * 1e99 * 1e99|True + 1|1_000|0x10|30B / 512|1,00|1 @ 2
 """.strip()
     .replace("\n", "")
     .split("|")

@@ -11,7 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.cost.memory import STATES, RankMemory, held_params, memory, rank_memory, state_bytes, worst
+from meshwright.cost.memory import (
+    STATES,
+    RankMemory,
+    StateBytes,
+    held_params,
+    memory,
+    rank_memory,
+    state_bytes,
+    state_parts,
+    worst,
+)
 from meshwright.deployment import deployment_from
 from meshwright.ir.parameters import count_parameters
 from meshwright.ir.program import LoweredBlock, Program, lower
@@ -196,13 +206,35 @@ def test_zero_stages_divide_as_the_papers_table(stage: int, giga_bytes: float) -
     assert round(7.5 * expected, 1) == giga_bytes
 
 
-def test_stage_2_keeps_whole_gradients_while_it_adds_up_micro_batches() -> None:
-    """Gradients are reduced once a step, so that until then each rank holds its own sum."""
+@pytest.mark.parametrize(("engine", "more"), [("native", 4), ("torchtitan", 1), ("deepspeed", 1)])
+def test_gradients_that_add_up_before_one_reduction_are_whole_until_then(engine: str, more: int) -> None:
+    """FSDP2 left as it is, and DeepSpeed's ZeRO-2 (#2252), reduce in every backward and keep their share."""
     for stage in (2, 3):
-        policy = {"engine": "native", "zero_stage": stage}
+        policy = {"engine": engine, "zero_stage": stage}
         one, several = (states(plan_of(GPT, {"dp": 4}, micro_batches=m, **policy)) for m in (1, 4))
-        assert several[1] == 4 * one[1]
+        assert several[1] == more * one[1]
         assert (several[0], several[2]) == (one[0], one[2])
+
+
+@pytest.mark.parametrize("engine", ["native", "torchtitan"])
+def test_a_pipeline_keeps_whole_gradients_even_of_one_micro_batch(engine: str) -> None:
+    """torch.distributed.pipelining reduces after the last backward, never during one."""
+    for count in (1, 4):
+        plan = plan_of(
+            GPT, {"dp": 4, "pp": 2}, micro_batches=count, engine=engine, zero_stage=2, schedule="GPipe"
+        )
+        held = sum(p.numel for p in held_params(lower(plan).stages_of(0)).values())
+        assert states(plan)[1] == 4 * held
+
+
+def test_only_what_zero_divides_counts_as_divided() -> None:
+    """torchtitan under stage 2: an FP32 share and the gathered bf16 copy; all else is a share."""
+    plan = plan_of(GPT, {"dp": 4}, micro_batches=1, engine="torchtitan", zero_stage=2)
+    size = count_parameters(plan.model).total
+    parts = state_parts(plan, held_params(lower(plan).stages_of(0)))
+    assert parts["weights"] == StateBytes(whole=2 * size, divided=size)
+    assert parts["gradients"] == StateBytes(divided=size)
+    assert parts["optimizer states"] == StateBytes(divided=2 * size)
 
 
 def test_fsdp2_keeps_masters_in_the_sharded_parameters() -> None:
@@ -311,6 +343,7 @@ def test_lines_are_named_once_positive_and_add_up(
         assert rank.total_bytes == sum(part.bytes for part in rank.lines)
         assert rank.stages == tuple(s.index for s in program.stages if s.rank == rank.pp_rank)
         known = {*STATES, "activations", "logits", "deferred weight gradients"}
+        known |= {"gathered parameters"} if pp > 1 else set()
         assert {part.name for part in rank.lines if not part.assumed} <= known
         assert all(part.assumed == ("assumed:" in part.why) for part in rank.lines)
         if rank.line("logits"):  # a split backward may peak when the logits are gone
@@ -370,6 +403,37 @@ def test_stage_3_gathers_the_largest_block_twice() -> None:
     assert rank.line("gradient bucket") == 4 * layer
     unsharded = memory(program_of(MOE, {"dp": 4}, engine="native"))[0]
     assert line(unsharded, "gathered parameters", "gradient bucket") == 0
+
+
+@pytest.mark.parametrize(("engine", "share"), [("native", 2), ("torchtitan", 4)])
+def test_stage_3_under_a_pipeline_keeps_what_a_backward_gathered(engine: str, share: int) -> None:
+    """The shares, and the whole copy in the compute type until the stage's next forward."""
+    plan = plan_of(GPT, {"dp": 4, "pp": 2}, 8, engine=engine, zero_stage=3)
+    program = lower(plan)
+    for rank in memory(program):
+        held = sum(p.numel for p in held_params(program.stages_of(rank.pp_rank)).values())
+        assert rank.line("weights") == share * held // 4
+        assert rank.line("gathered parameters") == 2 * held
+        why = next(part.why for part in rank.lines if part.name == "gathered parameters")
+        assert "backward" in why
+
+
+def test_stage_3_with_many_chunks_keeps_the_three_that_pytorch_keeps_active() -> None:
+    program = program_of(GPT, {"dp": 2, "pp": 2, "vpp": 4}, 8, engine="native", zero_stage=3)
+    stages = program.stages_of(1)
+    sizes = sorted(sum(p.numel for p in stage.params) for stage in stages)
+    assert memory(program)[1].line("gathered parameters") == 2 * sum(sizes[1:])
+
+
+def test_a_pipeline_has_nothing_to_gather_on_one_replica() -> None:
+    program = program_of(GPT, {"pp": 2}, 8, engine="native", zero_stage=3)
+    assert [rank.line("gathered parameters") for rank in memory(program)] == [0, 0]
+
+
+def test_one_micro_batch_is_singular() -> None:
+    program = program_of(GPT, {"pp": 2}, 8)
+    whys = [part.why for rank in memory(program) for part in rank.lines if part.name == "activations"]
+    assert [why.split(" in flight")[0] for why in whys] == ["2 micro-batches", "1 micro-batch"]
 
 
 def test_neighbours_in_the_pipeline_need_buffers() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from math import prod
@@ -267,7 +270,11 @@ def test_every_group_has_the_size_of_its_axis(plan: Plan) -> None:
             assert task.num_ranks > 1
             assert task.bytes > 0
             assert task.num_ranks == sizes[task.axis], task
-            assert times == (1 if task.phase == "step" else plan.num_micro_batches)
+            is_gather = task.name.endswith((".gather_dense", ".gather_experts"))
+            if is_gather and layout.pp > 1:  # what a backward gathered, the next forward finds
+                assert 1 <= times <= plan.num_micro_batches
+            else:
+                assert times == (1 if task.phase == "step" else plan.num_micro_batches)
 
 
 # --- bytes on the wire ---
@@ -328,6 +335,76 @@ def test_zero_3_gathers_each_block_before_each_pass() -> None:
     for expert, size in ((False, gathers[0].bytes), (True, gathers[2].bytes)):
         assert size == 2 * sum(local_numel(p, plan.layout) for p in own if p.is_expert is expert)
     assert [t.name for t in program.step[0] if t.name.startswith("parameters")] == []
+
+
+def test_zero_3_under_1f1b_gathers_what_no_backward_left_whole() -> None:
+    """torch 2.13 pipelining: a forward divides, a backward does not. Rank r has P − r forwards before its
+    first backward; then each forward finds the parameters whole, until none is left."""
+    program = lower(plan_of(DENSE, {"dp": 2, "pp": 2}, engine="native", zero_stage=3, batch=16))
+    count = program.plan.num_micro_batches
+    assert count == 8
+    for rank in range(2):
+        times = {t.phase: n for t, n in program.collectives(rank) if t.name.endswith(".gather_dense")}
+        assert times == {"forward": 2 - rank, "input_gradient": count - (2 - rank) + 1}
+
+
+def test_pytorch_keeps_gathered_under_a_pipeline_what_a_backward_gathered(tmp_path: Path) -> None:
+    """Four processes of PyTorch: whole after every backward, divided after every forward and after the step,
+    gathered as often as the program says."""
+    pytest.importorskip("torch")
+    script = Path(__file__).with_name("zero_3_pipeline.py")
+    command = [sys.executable, "-W", "ignore", str(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    program = lower(plan_of(DENSE, {"dp": 2, "pp": 2}, engine="native", zero_stage=3, batch=8))
+    assert program.plan.num_micro_batches == 4
+    for position, seen, whole_after_step in json.loads(done.stdout):
+        assert not whole_after_step
+        assert all(after == (name == "backward") for name, _, after in seen)
+        gathered = Counter(name for name, before, _ in seen if not before)
+        counted = {t.phase: n for t, n in program.collectives(position) if t.name.endswith("gather_dense")}
+        assert counted == {"forward": gathered["forward"], "input_gradient": gathered["backward"]}
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+@pytest.mark.parametrize("engine", ["native", "torchtitan", "deepspeed"])
+def test_gradients_are_reduced_as_often_as_the_engine_does(engine: str, zero_stage: int) -> None:
+    """Every backward (DeepSpeed #2252, torchtitan #1710) or once per step; the same bytes each time."""
+    plan = plan_of(
+        {**MOE, "tie_word_embeddings": True},
+        {"dp": 4, "ep": 2},
+        engine=engine,
+        zero_stage=zero_stage,
+        batch=16,
+    )
+    scatter, program = CollectiveKind.REDUCE_SCATTER, lower(plan)
+    times = 1 if engine == "native" else plan.num_micro_batches
+    reduced: Counter[str] = Counter()
+    for task, number in program.collectives(0):
+        if task.kind is scatter and task.axis in ("dp_cp", "edp"):
+            assert number == times
+            reduced[task.axis] += task.bytes
+    params = {p.name: p for p in program.stages[0].params}.values()
+    width = program.engine.gradient_bytes.value
+    for axis, expert in (("dp_cp", False), ("edp", True)):
+        held = sum(local_numel(p, plan.layout) for p in params if p.is_expert is expert)
+        assert reduced[axis] == width * held
+
+
+@pytest.mark.parametrize(
+    ("engine", "pp", "per_step"), [("torchtitan", 1, 8), ("torchtitan", 2, 1), ("deepspeed", 1, 1)]
+)
+def test_zero_2_gathers_parameters_per_step_or_where_fsdp2_divided_them(
+    engine: str, pp: int, per_step: int
+) -> None:
+    """FSDP2 divides its parameters again after each backward that reduces; a pipeline after its last."""
+    program = lower(plan_of(DENSE, {"dp": 2, "pp": pp}, engine=engine, zero_stage=2, batch=16))
+    gathers = [
+        (t, n) for t, n in program.collectives(0) if t.kind is CollectiveKind.ALL_GATHER and t.axis == "dp_cp"
+    ]
+    assert {n for _, n in gathers} == {per_step}
+    held = sum(local_numel(p, program.plan.layout) for s in program.stages_of(0) for p in s.params)
+    assert sum(t.bytes for t, _ in gathers) == 2 * held
 
 
 def test_experts_and_dense_parameters_reduce_over_their_own_replicas() -> None:

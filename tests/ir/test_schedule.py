@@ -24,6 +24,7 @@ from meshwright.ir.schedule import (
     default_chunks,
     live_at_peak,
     peak_in_flight,
+    rank_of,
     require_buildable,
     run_in_order,
     stage_of,
@@ -216,6 +217,17 @@ def test_stage_of() -> None:
     for name, rank, chunk in (("GPipe", 4, 0), ("GPipe", -1, 0), ("1F1B", 0, -1), ("DualPipeV", 0, 2)):
         with pytest.raises(ValueError, match="has no chunk"):
             stage_of(name, rank, chunk, 4)  # type: ignore[arg-type]
+
+
+@given(st.sampled_from(SCHEDULES), st.integers(1, 9))
+def test_rank_of_undoes_stage_of(name: ScheduleName, num_ranks: int) -> None:
+    for chunk in range(default_chunks(name)):
+        for rank in range(num_ranks):
+            assert rank_of(name, stage_of(name, rank, chunk, num_ranks), num_ranks) == rank
+
+
+def test_equal_pipelines_share_one_schedule() -> None:
+    assert build_schedule("Interleaved1F1B", 4, 8) is build_schedule("Interleaved1F1B", 4, 8, 2)
 
 
 def test_default_chunks() -> None:

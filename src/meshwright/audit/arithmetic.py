@@ -13,6 +13,8 @@ MAX_LENGTH = 200
 MAX_DEPTH = 40
 _TERM = re.compile(r"(\d+\.?\d*(?:[eE][+-]?\d{1,2})?|\.\d+)\s*([A-Za-zµμ%]+(?:/s)?)?")
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-"})
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_TIMES = re.compile(r"(?<=[\d)])\s+x\s+(?=[\d(])")
 
 
 def evaluate(formula: str, key: str) -> float:
@@ -22,7 +24,8 @@ def evaluate(formula: str, key: str) -> float:
     """
     if len(formula) > MAX_LENGTH:
         raise InputError(key, formula, f"a formula has at most {MAX_LENGTH} characters")
-    text = _TERM.sub(lambda match: _number(match, key), formula.translate(_SIGNS))
+    plain = _TIMES.sub(" * ", _THOUSANDS.sub("", formula.translate(_SIGNS)))
+    text = _TERM.sub(lambda match: _number(match, key), plain)
     try:
         tree = ast.parse(text.strip(), mode="eval")
         value = _value(tree.body, key, formula, 0)
@@ -40,6 +43,11 @@ def evaluate(formula: str, key: str) -> float:
 def _number(match: re.Match[str], key: str) -> str:
     number, unit = match.groups()
     if unit is None:
+        return repr(float(number))
+    if unit == "B":
+        rule = "B may mean bytes or billions here"
+        raise InputError(key, f"{number} {unit}", rule, [f"{number}e9", f"{number} bytes"])
+    if unit in ("bytes", "byte"):
         return repr(float(number))
     for dimension in (BYTES, SECONDS, FLOPS_PER_S, FRACTION, BYTES_PER_S):
         if unit in dimension.units:

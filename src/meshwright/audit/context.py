@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from meshwright.audit.repair import AXES, Repair, broken_rules, nearest_layouts
-from meshwright.claims import Claims, Figure
+from meshwright.claims import Claims, Conditions, Figure
 from meshwright.cluster import Cluster
 from meshwright.cost.memory import RankMemory, memory, worst
 from meshwright.deployment import Deployment
@@ -23,13 +24,17 @@ from meshwright.units import SECONDS
 from meshwright.verify import Finding, stage_findings
 from meshwright.workload import Workload
 
+ALL = Conditions()
+MAX_CONDITIONS = 16
+"""Different conditions that the figures of one document may be stated under: each is a plan of its own."""
+
 
 @dataclass(frozen=True)
 class Context:
     """A deployment with its stated degrees and, where those cannot exist, the nearest that can.
 
-    `stated` holds every degree, a missing one by its default; `num_micro_batches` is what the document
-    states, else what its micro-batch size gives.
+    `stated` holds every degree, a missing one by its default, and `given` names those that somebody stated;
+    `num_micro_batches` is what the document states, else what its micro-batch size gives.
     """
 
     deployment: Deployment
@@ -37,10 +42,11 @@ class Context:
     defaults: Mapping[str, str]
     stated: Mapping[str, int]
     num_micro_batches: int
+    given: frozenset[str]
     broken_rules: tuple[Finding, ...]
-    repairs: tuple[Repair, ...]
-    _plans: dict[tuple[int, int | None], tuple[Plan, Program]] = field(default_factory=dict)
-    _memories: dict[tuple[int, int | None], tuple[RankMemory, ...]] = field(default_factory=dict)
+    repairs: tuple[Repair, ...] = ()
+    _plans: dict[Conditions, tuple[Plan, Program]] = field(default_factory=dict)
+    _memories: dict[Conditions, tuple[RankMemory, ...]] = field(default_factory=dict)
 
     @property
     def model(self) -> Model:
@@ -90,29 +96,34 @@ class Context:
         return None
 
     def plan_for(self, figure: Figure) -> tuple[Plan, Program]:
-        """The plan and program that a figure speaks of, with its own length and micro-batch if named."""
+        """The plan and program that a figure speaks of, under its own conditions where it names them."""
         layout = self.layout
         if layout is None:
             raise InputError("layout", dict(self.stated), "no layout of this model fills this cluster")
-        key = self._key(figure)
-        if key not in self._plans:
-            plan = self.plan_on(layout, figure.at.micro_batch_size)
+        if figure.at not in self._plans:
+            if len(self._plans) == MAX_CONDITIONS:
+                rule = f"figures may be stated under at most {MAX_CONDITIONS} different conditions"
+                raise InputError("claims.figures.at", figure.at.model_dump(exclude_none=True), rule)
+            plan = self.plan_on(layout, figure.at)
             for finding in stage_findings(plan.model, plan.layout, plan.policy):
                 raise finding.raised()
-            self._plans[key] = (plan, lower(plan, key[0]))
-        return self._plans[key]
+            length = figure.at.sequence_length or self.workload.max_sequence_length
+            self._plans[figure.at] = (plan, lower(plan, length))
+        return self._plans[figure.at]
 
-    def plan_on(self, layout: Layout, micro_batch_size: int | None = None) -> Plan:
+    def plan_on(self, layout: Layout, at: Conditions = ALL) -> Plan:
         """The plan of this deployment on a layout.
 
-        A figure's own micro-batch comes with as many of them as the document states; the file's own is kept
-        as it is; else the replica's share is cut into the stated number where that divides and can be
-        scheduled, or into single sequences.
+        A figure's own share of a replica, or its own micro-batch, comes with as many micro-batches as the
+        document states; the file's own micro-batch is kept as it is; else the replica's share is cut into the
+        stated number where that divides and can be scheduled, or into single sequences.
         """
-        deployment, batch = self.deployment, self.workload.global_batch_size
-        if micro_batch_size is not None:
-            batch = micro_batch_size * layout.dp * self.num_micro_batches
-        size = micro_batch_size or deployment.policy.micro_batch_size
+        batch = self.workload.global_batch_size
+        if at.sequences_per_replica is not None:
+            batch = at.sequences_per_replica * layout.dp
+        elif at.micro_batch_size is not None:
+            batch = at.micro_batch_size * layout.dp * self.num_micro_batches
+        size = at.micro_batch_size or self.deployment.policy.micro_batch_size
         if size is not None:
             return self._with(layout, batch, size)
         per_replica = batch // layout.dp
@@ -135,15 +146,11 @@ class Context:
         }
         return decode(Plan, fields)
 
-    def _key(self, figure: Figure) -> tuple[int, int | None]:
-        return figure.at.sequence_length or self.workload.max_sequence_length, figure.at.micro_batch_size
-
     def memory_for(self, figure: Figure) -> tuple[RankMemory, ...]:
         """Memory of every pipeline rank, for the workload that a figure speaks of."""
-        key = self._key(figure)
-        if key not in self._memories:
-            self._memories[key] = memory(self.plan_for(figure)[1])
-        return self._memories[key]
+        if figure.at not in self._memories:
+            self._memories[figure.at] = memory(self.plan_for(figure)[1])
+        return self._memories[figure.at]
 
     def worst_memory(self, figure: Figure) -> RankMemory:
         """Memory of the pipeline rank that needs most, for the workload that a figure speaks of."""
@@ -182,36 +189,48 @@ def _buildable(plan: Plan) -> bool:
 
 
 def context_of(deployment: Deployment) -> Context:
-    """Everything that the figures of a deployment are recomputed from."""
+    """Everything that the figures of a deployment are recomputed from, nearest layouts not yet looked for."""
     cluster, defaults = deployment.cluster.resolve()
-    stated, layout_defaults = _stated_degrees(deployment, cluster)
-    claimed = (deployment.claims or Claims()).layout
-    count = claimed.num_micro_batches or _micro_batches(deployment, stated["dp"])
-    batch = deployment.workload.global_batch_size
+    given = _given(deployment)
+    stated, layout_defaults = _stated_degrees(deployment, cluster, given)
+    count = _claims(deployment).layout.num_micro_batches or _micro_batches(deployment, stated["dp"])
+    broken = broken_rules(deployment.model, cluster, stated, deployment.workload.global_batch_size)
+    used = {**defaults, **layout_defaults}
+    return Context(deployment, cluster, used, stated, count, frozenset(given), tuple(broken))
+
+
+def with_repairs(ctx: Context, kept_figures: Callable[[Layout], int]) -> Context:
+    """The context with the nearest possible layouts where the stated one cannot exist, and the defaults of
+    the policy on the layout that is then looked at."""
     repairs: list[Repair] = []
-    broken = broken_rules(deployment.model, cluster, stated, batch)
-    if broken:
-        repairs = nearest_layouts(
-            deployment.model, cluster, stated, batch, lambda layout: _kept(deployment, stated, layout)
-        )
-    _, policy_defaults = _policy_defaults(deployment, repairs[0].layout if repairs else None, stated)
-    used = {**defaults, **layout_defaults, **policy_defaults}
-    return Context(deployment, cluster, used, stated, count, tuple(broken), tuple(repairs))
+    if not ctx.possible:
+        batch = ctx.workload.global_batch_size
+        repairs = nearest_layouts(ctx.model, ctx.cluster, ctx.stated, ctx.given, batch, kept_figures)
+    found = replace(ctx, repairs=tuple(repairs), _plans={}, _memories={})
+    layout = found.layout
+    used = _policy_defaults(ctx.deployment, layout) if layout is not None else {}
+    return replace(found, defaults={**ctx.defaults, **used}, _plans={}, _memories={})
 
 
-def _stated_degrees(deployment: Deployment, cluster: Cluster) -> tuple[dict[str, int], dict[str, str]]:
-    """The document's degrees over the file's layout over the defaults; they need not be possible."""
-    claimed = (deployment.claims or Claims()).layout
-    given = {name: value for name, value in deployment.layout.model_dump().items() if value is not None}
-    given |= {
-        name: value
-        for name, value in claimed.model_dump(exclude={"num_micro_batches"}).items()
-        if value is not None
-    }
+def _claims(deployment: Deployment) -> Claims:
+    return deployment.claims or Claims()
+
+
+def _given(deployment: Deployment) -> dict[str, int]:
+    """The degrees that somebody stated: the document's over the file's layout."""
+    layout, claimed = deployment.layout.model_dump(), _claims(deployment).layout.model_dump()
+    degrees = {axis: claimed[axis] or layout[axis] for axis in AXES}
+    return {axis: size for axis, size in degrees.items() if size is not None}
+
+
+def _stated_degrees(
+    deployment: Deployment, cluster: Cluster, given: Mapping[str, int]
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Every degree, a missing one by its default; they need not be possible together."""
     try:
         layout, defaults = resolve_layout(LayoutRequest(**given), cluster, deployment.policy.schedule)
     except InputError:  # impossible degrees are a finding of the audit, not an error
-        degrees = {"tp": 1, "cp": 1, "pp": 1, "ep": 1, "vpp": 1} | given
+        degrees = {"tp": 1, "cp": 1, "pp": 1, "ep": 1, "vpp": 1, **given}
         degrees.setdefault("etp", 1 if degrees["ep"] > 1 else degrees["tp"])
         inner = degrees["tp"] * degrees["cp"] * degrees["pp"]
         degrees.setdefault("dp", max(1, cluster.num_gpus // inner))
@@ -219,44 +238,15 @@ def _stated_degrees(deployment: Deployment, cluster: Cluster) -> tuple[dict[str,
     return {axis: layout.size(axis) for axis in AXES}, defaults
 
 
-def _policy_defaults(
-    deployment: Deployment, repaired: Layout | None, stated: Mapping[str, int]
-) -> tuple[object, dict[str, str]]:
-    layout = repaired
-    if layout is None:
-        try:
-            layout = Layout(**{a: stated[a] for a in AXES})
-        except ValueError:
-            return None, {}
-    try:
-        policy, used = resolve_policy(deployment, layout)
-    except InputError:
-        return None, {}
-    if (deployment.claims or Claims()).layout.num_micro_batches:
-        used.pop("policy.micro_batch_size", None)  # the stated number of micro-batches decides it
-    return policy, used
+def _policy_defaults(deployment: Deployment, layout: Layout) -> dict[str, str]:
+    with suppress(InputError):
+        _, used = resolve_policy(deployment, layout)
+        if _claims(deployment).layout.num_micro_batches:
+            used.pop("policy.micro_batch_size", None)  # the stated number of micro-batches decides it
+        return used
+    return {}
 
 
 def _micro_batches(deployment: Deployment, dp: int) -> int:
     per_replica = max(1, deployment.workload.global_batch_size // dp)
     return max(1, per_replica // (deployment.policy.micro_batch_size or 1))
-
-
-def _kept(deployment: Deployment, stated: Mapping[str, int], layout: Layout) -> int:
-    """How many of the document's other figures stay true on a layout: those that its degrees decide."""
-    axis_of = {
-        "layers_per_stage": "pp",
-        "stage_ranks": "pp",
-        "pipeline_parallel": "pp",
-        "bubble_fraction": "pp",
-        "experts_per_gpu": "ep",
-        "expert_parallel": "ep",
-        "hidden_per_tp_rank": "tp",
-        "heads_per_tp_rank": "tp",
-        "tensor_parallel": "tp",
-        "sequences_per_replica": "dp",
-        "micro_batch_size": "dp",
-        "data_parallel": "dp",
-    }
-    axes = [axis_of[f.id] for f in (deployment.claims or Claims()).figures if f.id in axis_of]
-    return sum(stated[axis] == layout.size(axis) for axis in axes)

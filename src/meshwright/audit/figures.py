@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 
 from meshwright.audit import layout_figures as layout
@@ -11,9 +11,10 @@ from meshwright.audit import memory_figures as memory
 from meshwright.audit import time_figures as time
 from meshwright.audit.answer import Answer, Value
 from meshwright.audit.context import Context
+from meshwright.audit.time_figures import STATED_SHARE
 from meshwright.claims import Figure
 from meshwright.errors import InputError
-from meshwright.units import BYTES, FLOPS_PER_S, FRACTION, SECONDS, Dimension, format_count
+from meshwright.units import BYTES, FLOPS_PER_S, SECONDS, Dimension, format_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,6 @@ def figure_kind(figure: Figure) -> FigureKind:
     raise InputError("claims.figures.id", figure.id, "not a figure that the audit understands", near)
 
 
-STATED_SHARE = replace(FRACTION, smallest=0.0, largest=100.0)
-"""A document may state 0 % bubble, and a memory utilization above 100 %: figures are judged, not refused."""
-
 FIGURES: Mapping[str, FigureKind] = {
     "parameters": FigureKind("parameters", layout.parameters),
     "head_dim": FigureKind("elements", layout.head_dim, exact=True),
@@ -94,19 +92,6 @@ FIGURES: Mapping[str, FigureKind] = {
     "step_time": FigureKind("s", time.step_time, SECONDS),
     "sequences_per_s": FigureKind("sequences/s", time.sequences_per_s),
     "mfu": FigureKind("fraction", time.mfu, STATED_SHARE),
-    "strong_scaling_efficiency": FigureKind(
-        "fraction",
-        time.undetermined(
-            "step time on few GPUs · few / (step time on many · many)",
-            "It compares step times, which need a step-time model.",
-        ),
-        STATED_SHARE,
-    ),
-    "bandwidth_utilization": FigureKind(
-        "fraction",
-        time.undetermined(
-            "bytes moved / (bandwidth · time)", "It needs measured or modelled communication times."
-        ),
-        STATED_SHARE,
-    ),
+    "strong_scaling_efficiency": FigureKind("fraction", time.strong_scaling_efficiency, STATED_SHARE),
+    "bandwidth_utilization": FigureKind("fraction", time.bandwidth_utilization, STATED_SHARE),
 }

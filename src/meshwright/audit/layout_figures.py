@@ -8,6 +8,9 @@ from math import isclose
 from meshwright.audit.answer import Answer
 from meshwright.audit.context import Context
 from meshwright.claims import Figure
+from meshwright.ir.schedule import bubble_slots, build_schedule
+from meshwright.plan import split_layers
+from meshwright.policy import SPLIT_BACKWARD
 from meshwright.units import format_count
 
 
@@ -16,7 +19,7 @@ def parameters(ctx: Context, figure: Figure) -> Answer:
     why = f"The described dimensions give {format_count(counts.total)} parameters"
     why += f", of which {format_count(counts.active)} work on each token" if ctx.model.is_moe else ""
     width = width_for(ctx, stated)
-    if width is not None and abs(stated / counts.total - 1) > 0.01:
+    if width not in (None, ctx.model.moe_intermediate_size) and abs(stated / counts.total - 1) > 0.01:
         why += f"; {format_count(stated)} would need an expert FFN width of about {width:,}"
     return Answer(counts.total, "sum over all weights", why + ".")
 
@@ -63,6 +66,8 @@ def per(numerator: str, axis: str, what: str) -> Callable[[Context, Figure], Ans
 
     def answer(ctx: Context, figure: Figure) -> Answer:
         size, degree = getattr(ctx.model, numerator), ctx.stated[axis]
+        if size == 0:
+            return Answer(0, f"{numerator} / {axis}", f"The model has no {what}.")
         value = size / degree
         tail = "." if size % degree == 0 else ", which is not whole."
         return Answer(
@@ -75,10 +80,16 @@ def per(numerator: str, axis: str, what: str) -> Callable[[Context, Figure], Ans
 
 
 def layers_per_stage(ctx: Context, figure: Figure) -> Answer:
+    """Layers of the fullest stage; uneven stages are named with their least and most."""
     layers, stages = ctx.model.num_hidden_layers, ctx.stated["pp"] * ctx.stated["vpp"]
-    tail = "." if layers % stages == 0 else ", which is not whole: stages would be uneven."
-    why = f"{layers} layers over {stages} stages is {layers / stages:g} each{tail}"
-    return Answer(layers / stages, "num_hidden_layers / (pp·vpp)", why)
+    formula = "num_hidden_layers / (pp·vpp), or layers_per_stage"
+    if stages > layers:
+        return Answer(None, formula, f"{stages} stages need a layer each, and the model has {layers}.", True)
+    split = ctx.deployment.policy.layers_per_stage or split_layers(layers, stages)
+    if len(set(split)) == 1:
+        return Answer(split[0], formula, f"{layers} layers over {len(split)} stages is {split[0]} each.")
+    why = f"{layers} layers over {len(split)} stages are uneven: {min(split)} to {max(split)} each."
+    return Answer(max(split), formula, why)
 
 
 def sequences_per_replica(ctx: Context, figure: Figure) -> Answer:
@@ -110,14 +121,24 @@ def stage_ranks(ctx: Context, figure: Figure) -> Answer:
     world, pp = ctx.cluster.num_gpus, ctx.stated["pp"]
     formula = "stage p holds ranks p·world/pp … (p+1)·world/pp − 1"
     if world % pp:
-        return Answer((), formula, f"{world} ranks do not divide into {pp} equal stages.")
+        return Answer(None, formula, f"{world} ranks do not divide into {pp} equal stages.", True)
     size = world // pp
     ranges = tuple(f"{p * size}-{(p + 1) * size - 1}" if size > 1 else f"{p}" for p in range(pp))
     return Answer(ranges, formula, f"With PP outermost each stage holds {size} neighbouring ranks.")
 
 
 def bubble_fraction(ctx: Context, figure: Figure) -> Answer:
+    """Idle share of a step with equal stages and no communication time.
+
+    Closed form for GPipe, 1F1B and interleaving; the zero-bubble orders are run action by action with
+    forward, input and weight gradient taking equally long, and the mean over ranks is taken.
+    """
     p, v, m = ctx.stated["pp"], ctx.stated["vpp"], ctx.num_micro_batches
-    bubble = (p - 1) / (v * m + p - 1)
-    why = f"{p} stages and {m} micro-batches leave each GPU idle for {p - 1} of {v * m + p - 1} slots."
-    return Answer(bubble, "(pp − 1) / (vpp·m + pp − 1), arXiv:2104.04473 §2.2", why)
+    name = ctx.deployment.policy.schedule or ("1F1B" if v == 1 else "Interleaved1F1B")
+    if name in SPLIT_BACKWARD:
+        idle = bubble_slots(build_schedule(name, p, m, v))
+        why = f"{name} over {p} ranks with {m} micro-batches, forward and both gradients equally long."
+        return Answer(sum(idle) / len(idle), "mean idle share of the ranks, arXiv:2401.10241 §2", why)
+    slots = v * m + p - 1
+    why = f"{name} over {p} ranks with {m} micro-batches leaves each GPU idle for {p - 1} of {slots} slots."
+    return Answer((p - 1) / slots, "(pp − 1) / (vpp·m + pp − 1), arXiv:2104.04473 §2.2", why)

@@ -7,8 +7,8 @@ from math import isclose
 from meshwright.audit.answer import Answer
 from meshwright.audit.context import Context
 from meshwright.claims import Figure
-from meshwright.cost.memory import held_params, state_bytes
-from meshwright.ir.sharding import copies, local_numel
+from meshwright.cost.memory import RankMemory, held_params, state_bytes, state_parts, state_widths
+from meshwright.ir.sharding import copies, local_numel, zero_degree
 from meshwright.units import BYTES, format_count
 
 
@@ -21,20 +21,22 @@ def gradient_memory(ctx: Context, figure: Figure) -> Answer:
 
 
 def optimizer_memory(ctx: Context, figure: Figure) -> Answer:
-    answer = _state(ctx, figure, "optimizer states", "(4 master + 8 moments) / ZeRO share")
+    plan, _ = ctx.plan_for(figure)
+    width = state_widths(plan)["optimizer states"]
+    answer = _state(ctx, figure, "optimizer states", f"{width} bytes / ZeRO share")
     return Answer(answer.value, answer.formula, f"{answer.why} {optimizer_ratio(ctx, figure).why}")
 
 
 def optimizer_ratio(ctx: Context, figure: Figure) -> Answer:
     """Bytes of optimizer state per byte of weights, before ZeRO divides them."""
     plan, program = ctx.plan_for(figure)
-    policy = plan.policy.model_copy(update={"zero_stage": 0})
-    totals = state_bytes(plan.model_copy(update={"policy": policy}), held_params(program.stages_of(0)))
-    ratio = totals["optimizer states"] / totals["weights"]
+    widths = state_widths(plan)
+    ratio = widths["optimizer states"] / widths["weights"]
     name = {"adamw": "AdamW", "sgd": "SGD"}[ctx.workload.optimizer]
     why = f"{name} in {ctx.workload.precision} keeps {ratio:.3g} bytes for each byte of weights"
     if ctx.workload.has_master_weights:
-        why += ", FP32 master weights included"
+        in_place = program.engine.master_in_parameter.value
+        why += ", which are their own FP32 masters" if in_place else ", FP32 master weights included"
     return Answer(ratio, "optimizer bytes / weight bytes, without ZeRO", why + ".")
 
 
@@ -46,7 +48,7 @@ def _state(ctx: Context, figure: Figure, line: str, factor: str) -> Answer:
     size = max(totals)
     rank = totals.index(size)
     count = sum(local_numel(param, plan.layout) for param in held[rank].values())
-    why = f"{ctx.layout_words}: pipeline rank {rank} holds {format_count(count)} parameters per GPU, "
+    why = f"A GPU of pipeline rank {rank} holds {format_count(count)} parameters, "
     why += f"{size / count:.3g} bytes of {line} for each (ZeRO-{plan.policy.zero_stage})."
     why += _counted_as_bytes(ctx, figure) if line != "optimizer states" else ""
     return Answer(size, f"sum of local parameters · {factor}", why)
@@ -71,18 +73,26 @@ def _counted_as_bytes(ctx: Context, figure: Figure) -> str:
 
 def activation_memory(ctx: Context, figure: Figure) -> Answer:
     plan, _ = ctx.plan_for(figure)
-    rank = ctx.worst_memory(figure)
-    size = rank.line("activations") + rank.line("logits") + rank.line("deferred weight gradients")
-    why = f"{ctx.layout_words}, {_workload_words(ctx, figure)}: pipeline rank {rank.pp_rank} keeps "
-    why += f"{rank.num_in_flight} micro-batches in flight under {plan.policy.schedule}."
-    return Answer(size, "saved tensors per micro-batch · micro-batches in flight", why)
+    rank = max(ctx.memory_for(figure), key=_kept_bytes)
+    count = rank.num_in_flight
+    unit = "micro-batch" if len(rank.stages) == 1 else "chunk"
+    unit += "" if count == 1 else "es" if unit == "micro-batch" else "s"
+    why = f"With {_workload_words(ctx, figure)} pipeline rank {rank.pp_rank} keeps "
+    why += f"{count} {unit} in flight under {plan.policy.schedule}"
+    if rank.line("logits"):
+        why += f", logits of {BYTES.format(rank.line('logits'))} included"
+    return Answer(_kept_bytes(rank), "saved tensors per micro-batch · micro-batches in flight", why + ".")
+
+
+def _kept_bytes(rank: RankMemory) -> int:
+    return sum(rank.line(name) for name in ("activations", "logits", "deferred weight gradients"))
 
 
 def total_memory(ctx: Context, figure: Figure) -> Answer:
     rank = ctx.worst_memory(figure)
     largest = sorted(rank.lines, key=lambda line: -line.bytes)[:3]
     parts = ", ".join(f"{line.name} {BYTES.format(line.bytes)}" for line in largest)
-    why = f"{ctx.layout_words}, {_workload_words(ctx, figure)}, "
+    why = f"With {_workload_words(ctx, figure)} "
     why += f"pipeline rank {rank.pp_rank} needs most: {parts}."
     return Answer(rank.total_bytes, "states + activations + buffers + slack + context", why)
 
@@ -120,21 +130,15 @@ _OVERHEAD = frozenset(
 
 
 def _repeated_bytes(ctx: Context, figure: Figure, pp_rank: int) -> float:
-    """Bytes of weights and gradients on one rank that its stage holds elsewhere too: (c − 1)/c of c copies.
-    States that ZeRO divides are held once."""
+    """Bytes of model states on one rank that its stage holds elsewhere too: (c − 1)/c of what is there c
+    times. A share under ZeRO is held once, unless tp does not cut the parameter (a norm)."""
     plan, program = ctx.plan_for(figure)
     repeated = 0.0
     for param in held_params(program.stages_of(pp_rank)).values():
-        share = 1 - 1 / copies(param, plan.layout)
-        states = state_bytes(plan, {param.name: param})
-        divided = {
-            0: (),
-            1: ("optimizer states",),
-            2: ("optimizer states",),
-            3: ("optimizer states", "weights"),
-        }
-        whole = sum(size for name, size in states.items() if name not in divided[plan.policy.zero_stage])
-        repeated += share * whole
+        number = copies(param, plan.layout)
+        of_share = number / zero_degree(param, plan.layout)
+        for state in state_parts(plan, {param.name: param}).values():
+            repeated += (1 - 1 / number) * state.whole + (1 - 1 / of_share) * state.divided
     return repeated
 
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import floor, isclose, log10
+from decimal import Decimal
+from math import isclose
 from typing import Any, Literal, get_args
 
 from meshwright.audit.answer import Answer, Value
 from meshwright.audit.arithmetic import evaluate
-from meshwright.audit.context import Context, context_of
+from meshwright.audit.context import Context, context_of, with_repairs
 from meshwright.audit.figures import FigureKind, figure_kind
 from meshwright.audit.repair import Repair
-from meshwright.claims import MAX_FIGURES, Figure
+from meshwright.claims import MAX_FIGURES, Claims, Figure
 from meshwright.cluster import Cluster
 from meshwright.cost.memory import RankMemory, memory, worst
 from meshwright.deployment import Deployment
 from meshwright.errors import InputError
 from meshwright.ir.parameters import ParameterCounts
 from meshwright.ir.program import lower
+from meshwright.layout import Layout
 from meshwright.model import Model
+from meshwright.units import BYTES
 from meshwright.verify import Finding, verify
 
 Verdict = Literal["holds", "fails", "undetermined"]
@@ -30,7 +34,11 @@ RELATIVE_TOLERANCE = 0.005
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """One figure with its verdict. Values are SI numbers; `computed` None means undetermined."""
+    """One figure with its verdict. Values are SI numbers; `computed` None means undetermined.
+
+    `formula_value` is what the document's own formula gives where that is not the stated value; it then
+    stands as `computed` too, because the figure is refuted by its own arithmetic.
+    """
 
     figure: Figure
     kind: FigureKind
@@ -39,6 +47,7 @@ class Checked:
     verdict: Verdict
     formula: str
     why: str
+    formula_value: float | None = None
 
     def document(self) -> dict[str, Any]:
         """The verdict as JSON keys of `audit`."""
@@ -51,6 +60,8 @@ class Checked:
             "why": self.why,
             "formula": self.formula,
             "stated_formula": self.figure.formula,
+            "stated_formula_value": self.formula_value,
+            "at": self.figure.at.model_dump(exclude_none=True),
             "where": self.figure.where,
         }
 
@@ -73,6 +84,7 @@ class AuditReport:
     findings: tuple[Finding, ...]
     defaults: Mapping[str, str]
     assumptions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     @property
     def possible(self) -> bool:
@@ -105,6 +117,7 @@ class AuditReport:
             "parameters": {"total": counts.total, "active": counts.active, "by_part": counts.by_part},
             "memory_by_stage": [_memory_document(rank) for rank in self.memory],
             "findings": [_finding_document(finding) for finding in self.findings],
+            "notes": list(self.notes),
             "defaults": dict(self.defaults),
             "assumptions": dict(self.assumptions),
         }
@@ -134,23 +147,14 @@ def audit(deployment: Deployment) -> AuditReport:
 
     An impossible layout is a finding, never an error. Raises InputError for a figure that cannot be read.
     """
-    ctx = context_of(deployment)
-    figures = ctx.claims.figures
+    stated = context_of(deployment)
+    figures = stated.claims.figures
     if len(figures) > MAX_FIGURES:
         raise InputError("claims.figures", len(figures), f"at most {MAX_FIGURES} figures")
+    ctx = with_repairs(stated, _kept_figures(stated))
     ranks: tuple[RankMemory, ...] = ()
-    findings: tuple[Finding, ...] = ()
-    words = ""
-    if ctx.layout is not None:
-        whole = Figure(id="total_memory", value="1 B")
-        plan = ctx.plan_on(ctx.layout)
-        findings = tuple(verify(plan))
-        length = ctx.workload.max_sequence_length
-        which = "the stated layout" if ctx.possible else "the nearest possible layout"
-        size = plan.policy.micro_batch_size
-        words = f"{which}, {ctx.layout_words}, micro-batch {size} at {length:,} tokens"
-        with suppress(InputError):  # a schedule that cannot be built is among the findings
-            ranks = ctx.memory_for(whole)
+    with suppress(InputError):  # no layout, or stages and a schedule that cannot be built: findings say so
+        ranks = ctx.memory_for(WHOLE)
     return AuditReport(
         name=deployment.name,
         title=ctx.claims.document or deployment.name,
@@ -162,20 +166,74 @@ def audit(deployment: Deployment) -> AuditReport:
         model=deployment.model,
         cluster=ctx.cluster,
         memory=ranks,
-        memory_words=words,
-        findings=findings,
+        memory_words=_memory_words(ctx),
+        findings=tuple(_findings(ctx, ranks)),
         defaults=ctx.defaults,
         assumptions=ctx.claims.assumptions,
+        notes=tuple(_notes(deployment)),
     )
 
 
+WHOLE = Figure(id="total_memory", value="1 B")
+"""The figure that speaks of the whole deployment at its longest sequence."""
+
+
+def _memory_words(ctx: Context) -> str:
+    if ctx.layout is None:
+        return ""
+    which = "the stated layout" if ctx.possible else "the nearest possible layout"
+    size, length = ctx.plan_on(ctx.layout).policy.micro_batch_size, ctx.workload.max_sequence_length
+    return f"{which}, {ctx.layout_words}, micro-batch {size} at {length:,} tokens"
+
+
+def _findings(ctx: Context, ranks: tuple[RankMemory, ...]) -> Iterator[Finding]:
+    """Rules that the plan on the stated or nearest layout breaks, memory included."""
+    if ctx.layout is None:
+        return
+    yield from verify(ctx.plan_on(ctx.layout))
+    capacity = ctx.cluster.gpu.memory
+    peak = worst(ranks).total_bytes if ranks else 0
+    if peak > capacity:
+        rule = f"the fullest GPU needs {BYTES.format(peak)}, {BYTES.format(peak - capacity)} more than it has"
+        yield Finding("cluster.gpu.memory", BYTES.format(capacity), rule)
+
+
+def _notes(deployment: Deployment) -> Iterator[str]:
+    """What somebody who reads the report should know about how the file was read."""
+    claimed = (deployment.claims or Claims()).layout.model_dump()
+    for axis, size in deployment.layout.model_dump().items():
+        if size is not None and claimed[axis] not in (None, size):
+            yield f"claims.layout.{axis} {claimed[axis]} is audited; layout.{axis} {size} stands aside"
+
+
+DEGREE_FIGURES = {
+    "layers_per_stage": "pp",
+    "stage_ranks": "pp",
+    "bubble_fraction": "pp",
+    "experts_per_gpu": "ep",
+    "hidden_per_tp_rank": "tp",
+    "heads_per_tp_rank": "tp",
+    "sequences_per_replica": "dp",
+    "micro_batch_size": "dp",
+}
+"""Figures that one degree decides: a layout that keeps the degree keeps them true."""
+
+
+def _kept_figures(ctx: Context) -> Callable[[Layout], int]:
+    """How many of the document's true figures stay true on another layout."""
+    deciding = [f for f in ctx.claims.figures if f.id in DEGREE_FIGURES]
+    true = [DEGREE_FIGURES[f.id] for f in deciding if check(ctx, f).verdict == "holds"]
+    return lambda layout: sum(ctx.stated[axis] == layout.size(axis) for axis in true)
+
+
 def _with_memory(ctx: Context, repair: Repair) -> Repair:
-    """The repair with the peak memory of its fullest GPU, where its rules hold."""
+    """The repair with the micro-batch and the peak memory of its fullest GPU, where its rules hold."""
     plan = ctx.plan_on(repair.layout)
-    if any(finding.level == "error" for finding in verify(plan)):
-        return repair
-    peak = worst(memory(lower(plan))).total_bytes
-    return replace(repair, peak_memory_bytes=peak, fits=peak <= ctx.cluster.gpu.memory)
+    found = replace(repair, micro_batch_size=plan.policy.micro_batch_size)
+    with suppress(InputError):
+        peak = worst(memory(lower(plan))).total_bytes
+        return replace(found, peak_memory_bytes=peak, fits=peak <= ctx.cluster.gpu.memory)
+    return found
 
 
 def check(ctx: Context, figure: Figure) -> Checked:
@@ -194,7 +252,7 @@ def check(ctx: Context, figure: Figure) -> Checked:
         own = evaluate(figure.formula, f"claims.figures.{figure.id}.formula")
         if not _same(stated, own, figure, kind):
             why = f"{figure.formula} is {kind.format(own)}, not {kind.format(stated)}. {answer.why}"
-            return Checked(figure, kind, stated, own, "fails", answer.formula, why)
+            return Checked(figure, kind, stated, own, "fails", answer.formula, why, own)
     return Checked(
         figure, kind, stated, answer.value, _verdict(answer, stated, figure, kind), answer.formula, answer.why
     )
@@ -219,15 +277,24 @@ def _same(stated: float, computed: float, figure: Figure, kind: FigureKind) -> b
 
 
 def _half_last_digit(figure: Figure, stated: float) -> float:
-    """Half of the last digit that the document printed, in SI units; 0 for plain numbers, whose trailing
-    zeros are lost on reading, and for round figures such as 400 GB."""
-    if not isinstance(figure.value, str) or stated == 0:
+    """Half of the last digit that the document printed, in SI units.
+
+    `58.6 MB` is printed to 0.1 MB, `16 ms` to 1 ms. A plain number has lost its trailing zeros on reading,
+    so at least two of its digits count: 47e9 is printed to 1e9, and so is 30e9.
+    """
+    if stated == 0:
         return 0.0
-    digits = figure.value.strip().split(" ")[0].rstrip("%").lower()
-    mantissa = digits.split("e")[0]
-    if "." not in mantissa:
-        return 0.0
-    number = float(digits)
-    decimals = len(mantissa.split(".")[1])
-    shift = floor(log10(abs(number))) - floor(log10(abs(float(mantissa)))) if number else 0
-    return 0.5 * 10.0 ** (shift - decimals) * abs(stated / number)
+    if isinstance(figure.value, str):
+        match = PRINTED.match(figure.value)
+        if match is None:
+            return 0.0
+        decimals, exponent = match.groups()
+        number = float(match.group(0))
+        step = 10.0 ** (int(exponent or 0) - len(decimals or ""))
+        return 0.5 * step * abs(stated / number) if number else 0.0
+    _, digits, power = Decimal(repr(stated)).normalize().as_tuple()
+    step = 10.0 ** (int(power) - (len(digits) < 2))
+    return 0.5 * step
+
+
+PRINTED = re.compile(r"\s*[+-]?\d*(?:\.(\d*))?(?:[eE]([+-]?\d{1,3}))?")

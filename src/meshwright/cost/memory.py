@@ -19,6 +19,7 @@ from meshwright.ir.parameters import Param
 from meshwright.ir.program import LoweredBlock, Program, StageProgram
 from meshwright.ir.schedule import ActivationPeak, live_at_peak
 from meshwright.ir.sharding import local_numel, zero_degree
+from meshwright.ir.step import reduces_each_micro_batch
 from meshwright.ir.tasks import CommTask, ComputeTask
 from meshwright.plan import Plan
 
@@ -28,6 +29,25 @@ ADAM_STATE_BYTES = 8
 CPU_CONTEXT_BYTES = 250_000_000
 CPU_CONTEXT_SOURCE = "assumed: Python, torch and gloo in a process of its own"
 MASTER_BYTES = 4
+ACTIVE_STAGES = 3
+"""Stages of a rank that PyTorch keeps gathered at most (torch 2.13, pipelining/schedules.py:
+`_add_unshard_reshard`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateBytes:
+    """Bytes of one model state on a rank: kept whole, and kept as this rank's share under ZeRO."""
+
+    whole: int = 0
+    divided: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.whole + self.divided
+
+    def __add__(self, other: StateBytes) -> StateBytes:
+        return StateBytes(self.whole + other.whole, self.divided + other.divided)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,30 +119,55 @@ def _context(program: Program) -> MemoryLine:
     return MemoryLine("runtime context", fact.value, fact.source, fact.is_assumed)
 
 
-def state_bytes(plan: Plan, params: Mapping[str, Param]) -> dict[str, int]:
-    """Weights, gradients and optimizer states of one rank, in bytes.
-
-    Per parameter: weight (compute type, or FP32 where the engine keeps masters in place), gradient, and for
-    AdamW two FP32 moments plus an FP32 master in mixed precision. ZeRO 1 divides optimizer states, 2 also
-    gradients, 3 also weights. Under ZeRO 2 and 3 with several micro-batches gradients stay whole until the
-    one reduction at the end of the step.
-    """
-    engine, zero = engine_named(plan.policy.engine), plan.policy.zero_stage
+def state_widths(plan: Plan) -> dict[str, int]:
+    """Bytes per parameter of each state: weight (compute type, or FP32 where the engine keeps masters in
+    place), gradient, and for AdamW two FP32 moments plus in mixed precision an FP32 master."""
+    engine = engine_named(plan.policy.engine)
     in_place = engine.master_in_parameter.value
-    weight_width = MASTER_BYTES if in_place else plan.workload.compute_bytes
     master = MASTER_BYTES if plan.workload.has_master_weights and not in_place else 0
-    optimizer_width = master + (ADAM_STATE_BYTES if plan.workload.optimizer == "adamw" else 0)
-    gradients_divided = zero >= 2 and plan.num_micro_batches == 1
-    totals = {"weights": 0, "gradients": 0, "optimizer states": 0}
+    moments = ADAM_STATE_BYTES if plan.workload.optimizer == "adamw" else 0
+    weight = MASTER_BYTES if in_place else plan.workload.compute_bytes
+    widths = (weight, engine.gradient_bytes.value, master + moments)
+    return dict(zip(STATES, widths, strict=True))
+
+
+def state_parts(plan: Plan, params: Mapping[str, Param]) -> dict[str, StateBytes]:
+    """Weights, gradients and optimizer states of one rank, by what ZeRO divides and what stays whole.
+
+    ZeRO 1 divides optimizer states, 2 also gradients, 3 also weights. Gradients that add up over
+    micro-batches before one reduction are whole until then, whatever the stage (see `divides_gradients`). An
+    engine that keeps masters in its parameters divides those always, and below ZeRO-3 keeps the gathered copy
+    in the compute type between forward and backward.
+    """
+    zero, in_place = plan.policy.zero_stage, engine_named(plan.policy.engine).master_in_parameter.value
+    widths = state_widths(plan)
+    divided = {
+        "weights": zero == 3 or in_place,
+        "gradients": divides_gradients(plan),
+        "optimizer states": zero >= 1,
+    }
+    parts = dict.fromkeys(STATES, StateBytes())
     for param in params.values():
-        whole, ranks = local_numel(param, plan.layout), zero_degree(param, plan.layout)
-        share = ceil(whole / ranks)
-        totals["weights"] += (share if zero >= 3 or in_place else whole) * weight_width
-        if in_place and zero < 3:  # the gathered copy in the compute type stays between forward and backward
-            totals["weights"] += whole * plan.workload.compute_bytes
-        totals["gradients"] += (share if gradients_divided else whole) * engine.gradient_bytes.value
-        totals["optimizer states"] += (share if zero >= 1 else whole) * optimizer_width
-    return totals
+        whole = local_numel(param, plan.layout)
+        share = ceil(whole / zero_degree(param, plan.layout))
+        for name, width in widths.items():
+            parts[name] += StateBytes(divided=share * width) if divided[name] else StateBytes(whole * width)
+        if in_place and zero < 3:
+            parts["weights"] += StateBytes(whole * plan.workload.compute_bytes)
+    return parts
+
+
+def state_bytes(plan: Plan, params: Mapping[str, Param]) -> dict[str, int]:
+    """Weights, gradients and optimizer states of one rank, in bytes."""
+    return {name: part.total for name, part in state_parts(plan, params).items()}
+
+
+def divides_gradients(plan: Plan) -> bool:
+    """Whether a rank keeps only its share of the gradients: under ZeRO-2 and 3, where the backward that makes
+    them reduces them too. A pipeline adds them up whole, and reduces after its last backward."""
+    if plan.policy.zero_stage < 2 or plan.layout.pp > 1:
+        return False
+    return plan.num_micro_batches == 1 or reduces_each_micro_batch(plan)
 
 
 def held_params(stages: tuple[StageProgram, ...]) -> dict[str, Param]:
@@ -134,11 +179,13 @@ def _states(program: Program, stages: tuple[StageProgram, ...]) -> Iterator[Memo
     plan = program.plan
     zero = plan.policy.zero_stage
     totals = state_bytes(plan, held_params(stages))
+    in_place = program.engine.master_in_parameter.value
+    whole = "FP32 masters divided, the gathered copy whole" if in_place else f"whole under ZeRO-{zero}"
     kept = {
-        "weights": "divided by ZeRO-3" if zero == 3 else f"whole under ZeRO-{zero}",
-        "gradients": "whole until the step's one reduction"
-        if zero < 2 or plan.num_micro_batches > 1
-        else f"divided by ZeRO-{zero}",
+        "weights": "divided by ZeRO-3" if zero == 3 else whole,
+        "gradients": f"divided by ZeRO-{zero} in every backward"
+        if divides_gradients(plan)
+        else "whole until the step's one reduction",
         "optimizer states": f"divided by ZeRO-{zero}" if zero else "whole without ZeRO",
     }
     for name, size in totals.items():
@@ -161,7 +208,8 @@ def _held(program: Program, stages: tuple[StageProgram, ...], peak: ActivationPe
             logits += held * of_logits
             deferred += waiting * block.deferred_bytes
     policy = program.plan.policy
-    unit = "micro-batches" if len(stages) == 1 else "micro-batch chunks"
+    one, many = ("micro-batch", "micro-batches") if len(stages) == 1 else ("chunk", "chunks")
+    unit = one if peak.num_in_flight == 1 else many
     why = f"{peak.num_in_flight} {unit} in flight under {policy.schedule}, recompute {policy.recompute}"
     yield MemoryLine("activations", activations, why)
     yield MemoryLine("logits", logits, "what the loss keeps of the logits, in FP32, where the head stands")
@@ -218,14 +266,36 @@ def _buffers(program: Program, stages: tuple[StageProgram, ...]) -> Iterator[Mem
     )
     largest = _largest_block(plan, stages)
     if plan.policy.zero_stage == 3:
-        size = 2 * largest * plan.workload.compute_bytes
-        yield MemoryLine(
-            "gathered parameters", size, "assumed: the block at work and the next one, whole", True
-        )
+        yield _gathered(plan, stages, largest)
     if plan.layout.size("dp_cp") > 1 and plan.policy.zero_stage >= 2:
         width = program.engine.gradient_bytes.value
         why = "assumed: one block's gradients while they are divided"
         yield MemoryLine("gradient bucket", largest * width, why, True)
+
+
+def _gathered(plan: Plan, stages: tuple[StageProgram, ...], largest: int) -> MemoryLine:
+    """What ZeRO-3 keeps whole beside the shares, in the compute type.
+
+    Alone, a rank gathers block by block. Under a pipeline PyTorch calls `set_reshard_after_backward(False)`
+    (torch 2.13, pipelining/stage.py, backward_maybe_with_nosync): what a backward has gathered stays until
+    the next forward of the stage divides it again.
+    """
+    name, width = "gathered parameters", plan.workload.compute_bytes
+    if plan.layout.pp == 1:
+        why = "assumed: the block at work and the next one, whole"
+        return MemoryLine(name, 2 * largest * width, why, True)
+    sizes = sorted(
+        sum(local_numel(p, plan.layout) for p in held_params((stage,)).values() if _is_gathered(plan, p))
+        for stage in stages
+    )
+    why = "whole from a backward to the stage's next forward: pipelining keeps ZeRO-3 from dividing them"
+    return MemoryLine(name, sum(sizes[-ACTIVE_STAGES:]) * width, why)
+
+
+def _is_gathered(plan: Plan, param: Param) -> bool:
+    """Whether a whole copy stands beside the share: not where the share is all, in the compute type."""
+    cast = engine_named(plan.policy.engine).master_in_parameter.value
+    return cast or zero_degree(param, plan.layout) > 1
 
 
 def _largest_block(plan: Plan, stages: tuple[StageProgram, ...]) -> int:

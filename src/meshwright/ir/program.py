@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 from meshwright.engines import Engine, engine_named
@@ -33,9 +32,9 @@ from meshwright.ir.parameters import (
     head_parameters,
     layer_parameters,
 )
-from meshwright.ir.schedule import Schedule, build_schedule
+from meshwright.ir.schedule import ActionKind, Schedule, build_schedule, rank_of
 from meshwright.ir.sharding import local_numel, zero_degree
-from meshwright.ir.step import step_tasks
+from meshwright.ir.step import gather_phases, reduces_each_micro_batch, step_tasks
 from meshwright.ir.tasks import PHASES, CommTask, ComputeTask, Phase, Task
 from meshwright.layout import Layout
 from meshwright.plan import Plan
@@ -112,7 +111,7 @@ class Program:
     stages: tuple[StageProgram, ...]
     step: tuple[tuple[CommTask, ...], ...]
 
-    @cached_property
+    @property
     def schedule(self) -> Schedule:
         """The pipeline order of the plan."""
         plan = self.plan
@@ -132,10 +131,31 @@ class Program:
         """Every collective of a whole step on a pipeline rank, with how often it runs."""
         count = self.plan.num_micro_batches
         for stage in self.stages_of(pp_rank):
+            gathers = self._gathers(stage)
             for task in (*stage.tasks(), *stage.sends):
                 if isinstance(task, CommTask):
-                    yield task, count
+                    gather = task.kind is CollectiveKind.ALL_GATHER and task.axis in ("dp_cp", "edp")
+                    yield task, gathers[task.phase] if gather else count
         yield from ((task, 1) for task in self.step[pp_rank])
+
+    def _gathers(self, stage: StageProgram) -> Counter[str]:
+        """How often ZeRO-3 gathers a stage's parameters before each phase.
+
+        A forward divides them again. Under a pipeline a backward does not (torch 2.13, pipelining/stage.py:
+        `set_reshard_after_backward(False)`), so that what follows it on the stage finds them whole.
+        """
+        if self.plan.layout.pp == 1:
+            return Counter(dict.fromkeys(gather_phases(self.plan), self.plan.num_micro_batches))
+        gathers: Counter[str] = Counter()
+        whole = False
+        for action in self.schedule.actions(stage.rank) if gather_phases(self.plan) else ():
+            for part in action.simple_actions:
+                if part.stage != stage.index:
+                    continue
+                forward = part.kind is ActionKind.FORWARD
+                gathers["forward" if forward else "input_gradient"] += not whole
+                whole = not forward
+        return gathers
 
 
 def degrees_of(layout: Layout, sequence_parallel: bool) -> Degrees:
@@ -229,26 +249,22 @@ def _stage(
         if model.tie_word_embeddings and num_stages > 1:
             params.append(next(iter(embedding_parameters(model))))
     sends = tuple(_sends(plan, blocks.shape, index, num_stages))
-    return StageProgram(index, stage_rank(plan, index), layers, tuple(lowered), tuple(params), sends)
-
-
-def stage_rank(plan: Plan, stage: int) -> int:
-    """Pipeline rank that holds a stage: in turn, or there and back for the V schedules."""
-    chunk, position = divmod(stage, plan.layout.pp)
-    if plan.policy.schedule in ("ZBVZeroBubble", "DualPipeV") and chunk % 2:
-        return plan.layout.pp - 1 - position
-    return position
+    rank = rank_of(plan.policy.schedule, index, plan.layout.pp)
+    return StageProgram(index, rank, layers, tuple(lowered), tuple(params), sends)
 
 
 def _sends(plan: Plan, shape: Shape, stage: int, num_stages: int) -> Iterator[CommTask]:
     """Activations to the next stage and gradients to the previous one, where they leave the rank."""
     degrees = degrees_of(plan.layout, plan.policy.sequence_parallel)
     size = shape.scattered.local(degrees) * plan.model.hidden_size * shape.element_bytes
+    rank = rank_of(plan.policy.schedule, stage, plan.layout.pp)
     for name, phase, other in (
         ("activation", "forward", stage + 1),
         ("gradient", "input_gradient", stage - 1),
     ):
-        if 0 <= other < num_stages and stage_rank(plan, other) != stage_rank(plan, stage):
+        if not 0 <= other < num_stages:
+            continue
+        if rank_of(plan.policy.schedule, other, plan.layout.pp) != rank:
             yield CommTask(
                 f"stages.{stage}.send_{name}",
                 _phase(phase),
@@ -276,6 +292,7 @@ def lower_block(plan: Plan, block: Block) -> LoweredBlock:
     dropped = frozenset(engine.selective.value) if plan.policy.recompute == "selective" else frozenset()
     tasks += _repeated(plan, block, tasks, dropped)
     tasks += _parameter_gathers(plan, block)
+    tasks += _gradient_reductions(plan, block.name)
     whole = _sizes(saved_tensors(block.ops), degrees)
     kept = _sizes(saved_tensors(block.ops, dropped), degrees)
     input_bytes = 0
@@ -341,8 +358,7 @@ def _comm_tasks(node: Collective, degrees: Degrees) -> Iterator[CommTask]:
 
 def _parameter_gathers(plan: Plan, block: Block) -> Iterator[CommTask]:
     """ZeRO-3: each block's parameters are gathered before forward and again before backward."""
-    if plan.policy.zero_stage < 3:
-        return
+    phases = gather_phases(plan)
     named = {param for op in block.ops for param in op.params}
     for expert in (False, True):
         params = [p for p in _block_params(plan, block.name) if p.is_expert is expert and p.name in named]
@@ -350,15 +366,29 @@ def _parameter_gathers(plan: Plan, block: Block) -> Iterator[CommTask]:
             continue
         size = sum(local_numel(p, plan.layout) for p in params) * plan.workload.compute_bytes
         axis, name = ("edp", "experts") if expert else ("dp_cp", "dense")
-        for phase in ("forward", "input_gradient"):
+        for phase in phases:
             yield CommTask(
                 f"{block.name}.gather_{name}",
-                _phase(phase),
+                phase,
                 CollectiveKind.ALL_GATHER,
                 axis,
                 plan.layout.size(axis),
                 size,
             )
+
+
+def _gradient_reductions(plan: Plan, block: str) -> Iterator[CommTask]:
+    """A block's gradients, where every backward reduces them; those of a tied table with the embedding."""
+    if not reduces_each_micro_batch(plan):
+        return
+    width = engine_named(plan.policy.engine).gradient_bytes.value
+    own = [p for p in _block_params(plan, block) if block == "embedding" or p.part != "embedding"]
+    for axis, name, expert in (("dp_cp", "dense", False), ("edp", "experts", True)):
+        size = sum(local_numel(p, plan.layout) for p in own if p.is_expert is expert) * width
+        ranks = plan.layout.size(axis)
+        if size and ranks > 1:
+            kind = CollectiveKind.REDUCE_SCATTER
+            yield CommTask(f"{block}.reduce_{name}", "weight_gradient", kind, axis, ranks, size)
 
 
 def _block_params(plan: Plan, block: str) -> list[Param]:
@@ -377,7 +407,7 @@ def model_flops(plan: Plan, sequence_length: int) -> int:
     neither recompute nor the scores that FlashAttention makes again are work that a step must do.
     """
     update = {"micro_batch_size": 1, "sequence_parallel": False, "zero_stage": 0}
-    policy = plan.policy.model_copy(update=update)
+    policy = plan.policy.model_copy(update={**update, "engine": "native"})  # which pads no vocabulary
     alone = plan.model_copy(update={"layout": Layout(), "policy": policy})
     blocks = _BlockTable(alone, shape_of(alone, sequence_length))
     kinds = Counter(plan.model.layer_kind(layer) for layer in range(plan.model.num_hidden_layers))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from meshwright.errors import InputError
 from meshwright.ir import orders
@@ -32,6 +33,7 @@ __all__ = [
     "default_chunks",
     "live_at_peak",
     "peak_in_flight",
+    "rank_of",
     "require_buildable",
     "run_in_order",
     "stage_of",
@@ -112,8 +114,14 @@ def stage_of(name: ScheduleName, rank: int, chunk: int, num_ranks: int) -> int:
     return chunk * num_ranks + rank
 
 
-MAX_FORWARDS = 2**19
-"""Largest order that is built, 64 stages of 8,192 micro-batches: a bound on time and memory."""
+def rank_of(name: ScheduleName, stage: int, num_ranks: int) -> int:
+    """The rank that holds a stage."""
+    chunk = stage // num_ranks
+    return next(rank for rank in range(num_ranks) if stage_of(name, rank, chunk, num_ranks) == stage)
+
+
+MAX_FORWARDS = 2**17
+"""Largest order that is built, 64 stages of 2,048 micro-batches: a bound on time and memory."""
 
 
 def require_buildable(
@@ -173,10 +181,15 @@ def build_schedule(
     """The orders of all ranks, equal to those of torch.distributed.pipelining.
 
     `chunks_per_rank` is 1 for GPipe and 1F1B and 2 for the others unless given. Raises InputError as
-    `require_buildable` does.
+    `require_buildable` does. The last few are kept: a large one takes seconds to build.
     """
     require_buildable(name, num_ranks, num_micro_batches, chunks_per_rank)
     chunks = default_chunks(name) if chunks_per_rank is None else chunks_per_rank
+    return _built(name, num_ranks, num_micro_batches, chunks)
+
+
+@lru_cache(maxsize=4)
+def _built(name: ScheduleName, num_ranks: int, num_micro_batches: int, chunks: int) -> Schedule:
     ranks = range(num_ranks)
     by_rank = [_order(name, rank, num_ranks, chunks, num_micro_batches) for rank in ranks]
     if name == "InterleavedZeroBubble":

@@ -8,8 +8,29 @@ from meshwright.engines import engine_named
 from meshwright.ir.graph import CollectiveKind
 from meshwright.ir.parameters import Param, embedding_parameters
 from meshwright.ir.sharding import local_numel
-from meshwright.ir.tasks import CommTask
+from meshwright.ir.tasks import CommTask, Phase
 from meshwright.plan import Plan
+
+
+def reduces_each_micro_batch(plan: Plan) -> bool:
+    """Whether every backward reduces its gradients, block by block, so that a rank keeps its share alone.
+
+    Never under a pipeline: torch.distributed.pipelining turns `set_requires_gradient_sync` off for every
+    backward and reduces once (torch 2.13, pipelining/stage.py, backward_maybe_with_nosync and
+    perform_reduce_grad).
+    """
+    fact = engine_named(plan.policy.engine).reduces_gradients
+    return fact.value == "each_micro_batch" and plan.policy.zero_stage >= 2 and plan.layout.pp == 1
+
+
+def gather_phases(plan: Plan) -> tuple[Phase, ...]:
+    """The phases of a micro-batch before which each block's parameters are gathered: both under ZeRO-3. Under
+    ZeRO-2, FSDP2 (parameters that are their own masters) divides them again after every backward that
+    reduces; elsewhere they are gathered once per step."""
+    if plan.policy.zero_stage == 3:
+        return ("forward", "input_gradient")
+    in_place = engine_named(plan.policy.engine).master_in_parameter.value
+    return ("forward",) if in_place and reduces_each_micro_batch(plan) else ()
 
 
 def step_tasks(plan: Plan, params: list[Param], has_embedding: bool, has_head: bool) -> Iterator[CommTask]:
@@ -50,8 +71,9 @@ def _tied_embedding(plan: Plan, has_embedding: bool, has_head: bool) -> Iterator
 
 
 def _data_parallel(plan: Plan, params: list[Param]) -> Iterator[CommTask]:
-    """Gradients over the data axes, once per step: all-reduced without ZeRO, else reduce-scattered; under
-    ZeRO 1 and 2 the updated parameters are gathered again (Rajbhandari et al., arXiv:1910.02054 §7)."""
+    """Gradients over the data axes where no backward has reduced them: all-reduced without ZeRO, else
+    reduce-scattered. Under ZeRO 1 and 2 the updated parameters are gathered again, where no forward does
+    (Rajbhandari et al., arXiv:1910.02054 §7)."""
     engine = engine_named(plan.policy.engine)
     for axis, expert in (("dp_cp", False), ("edp", True)):
         ranks = plan.layout.size(axis)
@@ -61,8 +83,10 @@ def _data_parallel(plan: Plan, params: list[Param]) -> Iterator[CommTask]:
         zero = plan.policy.zero_stage
         kind = CollectiveKind.REDUCE_SCATTER if zero else CollectiveKind.ALL_REDUCE
         name = "experts" if expert else "dense"
-        yield CommTask(f"gradients.{name}", "step", kind, axis, ranks, held * engine.gradient_bytes.value)
-        if zero in (1, 2):
+        if not reduces_each_micro_batch(plan):
+            size = held * engine.gradient_bytes.value
+            yield CommTask(f"gradients.{name}", "step", kind, axis, ranks, size)
+        if zero in (1, 2) and not gather_phases(plan):
             size = held * plan.workload.compute_bytes
             yield CommTask(f"parameters.{name}", "step", CollectiveKind.ALL_GATHER, axis, ranks, size)
 

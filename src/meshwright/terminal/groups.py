@@ -13,7 +13,7 @@ from meshwright.cluster import Cluster
 from meshwright.groups import AXES_OF_VIEW, AxisGroups, RankFacts, SliceFacts, axis_groups
 from meshwright.layout import Layout, View
 from meshwright.plan import Plan
-from meshwright.terminal import printable
+from meshwright.terminal import PLAIN_WIDTH, printable
 from meshwright.terminal.cluster_map import show_cluster_map
 from meshwright.terminal.ranges import progression, runs
 from meshwright.units import BYTES_PER_S, format_count
@@ -35,7 +35,7 @@ def show_groups(
     console.print(Text(f"{printable(name)}: {layout.world_size:,} ranks on {machine}", style="bold"))
     for view in AXES_OF_VIEW:
         console.print()
-        console.print(_view_table(layout, cluster, view))
+        console.print(_view_table(layout, cluster, view, console.width))
     console.print()
     show_cluster_map(layout, cluster, console)
     console.print()
@@ -52,6 +52,9 @@ def show_notes(defaults: Mapping[str, str], findings: Sequence[Finding], console
     if defaults:
         console.print()
         grid = Table.grid(padding=(0, 2))
+        grid.add_column()
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
         for position, (key, why) in enumerate(defaults.items()):
             grid.add_row("" if position else "defaults used", Text(key), Text(printable(why)))
         console.print(grid)
@@ -59,7 +62,7 @@ def show_notes(defaults: Mapping[str, str], findings: Sequence[Finding], console
         console.print(Text(f"{finding.level}: {printable(str(finding.raised()))}", style="yellow"))
 
 
-def _view_table(layout: Layout, cluster: Cluster, view: View) -> Table:
+def _view_table(layout: Layout, cluster: Cluster, view: View, width: int) -> Table:
     axes = AXES_OF_VIEW[view]
     product = f"{'·'.join(axes)} = {'·'.join(str(layout.size(axis)) for axis in axes)}"
     chunks = f", vpp = {layout.vpp}" if layout.vpp > 1 and view == "dense" else ""
@@ -67,12 +70,13 @@ def _view_table(layout: Layout, cluster: Cluster, view: View) -> Table:
     table.add_column("axis", style="bold")
     for heading in ("size", "groups", "stride"):
         table.add_column(heading, justify="right")
-    table.add_column("ranks", overflow="fold")
+    rows = [axis_groups(layout, cluster, axis, view) for axis in axes]
+    ranks = [_breakable(_examples(groups), width) for groups in rows]
+    table.add_column("ranks", overflow="fold", min_width=_longest_word(ranks))
     table.add_column("link", overflow="fold")
-    for axis in axes:
-        groups = axis_groups(layout, cluster, axis, view)
+    for groups, listed in zip(rows, ranks, strict=True):
         cells = (f"{groups.size:,}", f"{groups.count:,}", f"{groups.stride:,}")
-        table.add_row(axis, *cells, _examples(groups), _links(groups, cluster))
+        table.add_row(groups.axis, *cells, listed, _links(groups, cluster))
     return table
 
 
@@ -98,6 +102,15 @@ def _examples(groups: AxisGroups) -> str:
     return "   ".join(texts)
 
 
+def _breakable(ranks: str, width: int) -> str:
+    """Ranks that a narrow column breaks between numbers, never inside one."""
+    return ranks if width >= PLAIN_WIDTH else ranks.replace(",", ", ")
+
+
+def _longest_word(texts: Sequence[str]) -> int:
+    return max(len(word) for text in texts for word in text.split())
+
+
 def _links(groups: AxisGroups, cluster: Cluster) -> str:
     """Which tiers the groups need, with how many groups where they differ."""
     needed = [(position, number) for position, number in enumerate(groups.num_by_tier) if number]
@@ -120,7 +133,7 @@ def show_rank(plan: Plan, facts: RankFacts, findings: Sequence[Finding], console
     title = f"{printable(plan.name)}: rank {facts.rank} of {layout.world_size:,}, {where}"
     console.print(Text(title, style="bold"))
     console.print()
-    console.print(_peer_table(plan, facts))
+    console.print(_peer_table(plan, facts, console.width))
     console.print()
     console.print(_holding_grid(plan, facts))
     console.print()
@@ -130,21 +143,26 @@ def show_rank(plan: Plan, facts: RankFacts, findings: Sequence[Finding], console
     show_notes(plan.defaults, findings, console)
 
 
-def _peer_table(plan: Plan, facts: RankFacts) -> Table:
+def _peer_table(plan: Plan, facts: RankFacts, width: int) -> Table:
     table = _table("its groups")
     table.add_column("view")
     table.add_column("axis", style="bold")
     table.add_column("size", justify="right")
     table.add_column("position", justify="right")
-    table.add_column("ranks of the group", overflow="fold")
+    ranks_of = {
+        (view, axis): _breakable(progression(group), width) if len(group) > 1 else "alone"
+        for view, groups in facts.groups.items()
+        for axis, group in groups.items()
+    }
+    longest = _longest_word(list(ranks_of.values()))
+    table.add_column("ranks of the group", overflow="fold", min_width=longest)
     table.add_column("link", overflow="fold")
     for view, axes in AXES_OF_VIEW.items():
         for axis in axes:
             group = facts.groups[view][axis]
             cells = (str(len(group)), str(facts.positions[view][axis]))
             link = _tier_text(plan.cluster, facts.tiers[view][axis]) if len(group) > 1 else "–"
-            ranks = progression(group) if len(group) > 1 else "alone"
-            table.add_row(view if axis == axes[0] else "", axis, *cells, ranks, link)
+            table.add_row(view if axis == axes[0] else "", axis, *cells, ranks_of[view, axis], link)
     return table
 
 
@@ -185,7 +203,7 @@ def _parameter_table(slices: Sequence[SliceFacts]) -> Table:
     table = _table("parameters, before ZeRO")
     table.add_column("name", overflow="fold")
     for heading in ("layers", "whole", "here"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("indices", overflow="fold")
     for held in slices:
         number = str(len(held.layers)) if held.layers else "–"
