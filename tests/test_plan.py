@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from meshwright.deployment import deployment_from, read_deployment
 from meshwright.errors import InputError
 from meshwright.files import read_yaml, to_yaml
-from meshwright.plan import Plan, read_plan, resolve, split_layers, write_plan
+from meshwright.plan import Plan, open_deployment, read_plan, resolve, split_layers, write_plan
 from meshwright.verify import require_valid
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
@@ -44,8 +44,9 @@ def test_a_plan_changed_by_hand_is_refused(tmp_path: Path) -> None:
     document = read_yaml(file)
     document["workload"]["global_batch_size"] *= 2
     file.write_text(to_yaml(document))
-    with pytest.raises(InputError, match="digest"):
-        read_plan(file)
+    for read in (read_plan, open_deployment):
+        with pytest.raises(InputError, match="digest"):
+            read(file)
 
 
 def test_the_digest_is_of_what_runs() -> None:

@@ -159,13 +159,13 @@ def schema(as_json: Json = False, output: Output = None) -> None:
 
 def read(file: str, overrides: list[str] | None, output: str | None) -> Deployment:
     """The deployment in a file. Raises InputError also where the output would overwrite it."""
-    from meshwright.deployment import read_deployment
+    from meshwright.plan import open_deployment
 
     if file == "-":
         raise InputError("FILE", file, "standard input is not read; give the path of a file")
     if output and os.path.exists(output) and os.path.exists(file) and os.path.samefile(output, file):
         raise InputError("--output", output, "the file that is read would be overwritten")
-    return read_deployment(file, overrides or ())
+    return open_deployment(file, overrides or ())
 
 
 def present(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from meshwright.cluster import Cluster
-from meshwright.deployment import Deployment, Training
+from meshwright.deployment import Deployment, Training, read_deployment
 from meshwright.engines import engine_named
 from meshwright.errors import InputError
 from meshwright.files import Noun, decode, read_yaml, to_yaml, write_text
@@ -195,3 +196,13 @@ def read_plan(path: str | Path) -> Plan:
             "digest", stated, "the file was changed after it was planned; plan it again", [plan.digest]
         )
     return plan
+
+
+def open_deployment(path: str | Path, overrides: Sequence[str] = ()) -> Deployment:
+    """The deployment in a file, or in a plan's file, which must be as it was planned; overrides come after.
+
+    Raises InputError with the key's path.
+    """
+    if "digest" in read_yaml(path):
+        read_plan(path)
+    return read_deployment(path, overrides)
