@@ -241,10 +241,12 @@ def test_a_link_that_cannot_be_is_refused(
 
 
 def test_the_bounds_themselves_are_allowed() -> None:
-    decode(Gpu, {"memory": "10 TB", "memory_bandwidth": "50 TB/s", "peak": {"fp4": "100 PFLOP/s"}})
-    decode(Gpu, {"memory": "1 B", "memory_bandwidth": "5 GB/s", "peak": {"fp64": "1 FLOP/s"}})
-    decode(Link, {**NODE, "bandwidth": "5 TB/s", "latency": "100 ms"})
-    decode(Link, {**FABRIC, "bandwidth": "399 GB/s"})
+    largest = {"memory": "10 TB", "memory_bandwidth": "50 TB/s", "peak": {"fp4": "100 PFLOP/s"}}
+    assert decode(Gpu, largest).peak_flops_per_s("fp4") == 1e17
+    smallest = {"memory": "1 B", "memory_bandwidth": "5 GB/s", "peak": {"fp64": "1 FLOP/s"}}
+    assert decode(Gpu, smallest).memory == 1
+    assert decode(Link, {**NODE, "bandwidth": "5 TB/s", "latency": "100 ms"}).latency == 0.1
+    assert decode(Link, {**FABRIC, "bandwidth": "399 GB/s"}).bandwidth == 399e9
 
 
 # ---- clusters

@@ -65,7 +65,8 @@ COMMANDS = [(page, line) for page in PAGES for line in dict.fromkeys(command_lin
 
 @pytest.mark.parametrize(("page", "text"), DEPLOYMENTS, ids=ids(DEPLOYMENTS))
 def test_deployments_decode(page: Path, text: str) -> None:
-    resolve(deployment_from(parse_yaml(text, page.name), ROOT))
+    plan = resolve(deployment_from(parse_yaml(text, page.name), ROOT))
+    assert plan.layout.world_size == plan.cluster.num_gpus
 
 
 def test_pages_show_deployments_and_commands() -> None:
