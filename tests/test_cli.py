@@ -112,6 +112,15 @@ def test_groups_as_json_is_one_document(file: str, capsys: pytest.CaptureFixture
     assert "default: layout.dp = 4: 16 GPUs / (tp·cp·pp = 4)" in err.splitlines()
 
 
+def test_groups_need_a_cluster_and_a_layout_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = tmp_path / "small.yaml"
+    small.write_text("cluster: {nodes: 2, gpu: h100-sxm}\nlayout: {tp: 2, pp: 2, ep: 4}\n")
+    assert main(["groups", str(small), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["expert"]["ep"][0] == [0, 1, 2, 3]
+    assert main(["groups", str(small), "--rank", "3"]) == 2  # what a rank holds depends on the model
+    assert "model" in capsys.readouterr().err
+
+
 def test_warnings_are_printed(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["groups", file, "--set", "layout.tp=16", "--set", "layout.pp=1"]
     assert main(arguments) == 0

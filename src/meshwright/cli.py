@@ -22,7 +22,7 @@ from meshwright.terminal import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from meshwright.deployment import Deployment
+    from meshwright.deployment import Deployment, Placement, PlacementT
     from meshwright.verify import Finding
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports a writer that lost its reader
@@ -76,11 +76,11 @@ def audit(
     overrides: Overrides = None,
 ) -> None:
     """Check what a document claims about its deployment."""
-    deployment = read(file, overrides, output)
     from meshwright.audit import audit as audit_deployment
+    from meshwright.deployment import Deployment
     from meshwright.terminal.audit import show_audit
 
-    report = audit_deployment(deployment)
+    report = audit_deployment(read(file, overrides, output, Deployment))
     present(report.document, lambda console: show_audit(report, console, full), as_json, output)
     if strict and not report.holds:
         raise typer.Exit(1)
@@ -95,11 +95,13 @@ def groups(
     overrides: Overrides = None,
 ) -> None:
     """List the ranks of each parallel group and the links they cross."""
-    deployment = read(file, overrides, output)
+    from meshwright.deployment import Deployment, Placement
+
     if rank is None:
-        _all_groups(deployment, as_json, output)
+        _all_groups(read(file, overrides, output, Placement), as_json, output)
     else:
-        _groups_of_rank(deployment, _rank_number(rank), as_json, output)
+        number = _rank_number(rank)
+        _groups_of_rank(read(file, overrides, output, Deployment), number, as_json, output)
 
 
 def _rank_number(text: str) -> int:
@@ -109,20 +111,20 @@ def _rank_number(text: str) -> int:
         raise InputError("--rank", text, "a rank is a whole number, counted from 0", [0]) from None
 
 
-def _all_groups(deployment: Deployment, as_json: bool, output: str | None) -> None:
+def _all_groups(placement: Placement, as_json: bool, output: str | None) -> None:
     from meshwright.groups import group_tables
     from meshwright.plan import resolve_layout
     from meshwright.verify import cluster_findings
 
-    cluster, defaults = deployment.cluster.resolve()
-    layout, chosen = resolve_layout(deployment.layout, cluster, deployment.policy.schedule)
+    cluster, defaults = placement.cluster.resolve()
+    layout, chosen = resolve_layout(placement.layout, cluster, placement.policy.schedule)
     defaults = {**defaults, **chosen}
     findings = list(cluster_findings(cluster, layout))
 
     def show(console: Console) -> None:
         from meshwright.terminal.groups import show_groups
 
-        show_groups(deployment.name, cluster, layout, defaults, findings, console)
+        show_groups(placement.name, cluster, layout, defaults, findings, console)
 
     present(lambda: group_tables(layout), show, as_json, output)
     if as_json:
@@ -157,15 +159,15 @@ def schema(as_json: Json = False, output: Output = None) -> None:
     deliver(json.dumps(json_schema(Deployment), indent=2, ensure_ascii=False) + "\n", output)
 
 
-def read(file: str, overrides: list[str] | None, output: str | None) -> Deployment:
-    """The deployment in a file. Raises InputError also where the output would overwrite it."""
-    from meshwright.plan import open_deployment
+def read(file: str, overrides: list[str] | None, output: str | None, noun: type[PlacementT]) -> PlacementT:
+    """What stands in a file. Raises InputError also where the output would overwrite it."""
+    from meshwright.plan import open_placement
 
     if file == "-":
         raise InputError("FILE", file, "standard input is not read; give the path of a file")
     if output and os.path.exists(output) and os.path.exists(file) and os.path.samefile(output, file):
         raise InputError("--output", output, "the file that is read would be overwritten")
-    return open_deployment(file, overrides or ())
+    return open_placement(file, noun, overrides or ())
 
 
 def present(

@@ -6,7 +6,7 @@ import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
@@ -60,32 +60,55 @@ def _as_it_is(value: object) -> object:
     return value
 
 
-class Deployment(Noun):
-    """A deployment as a file states it: what is given is kept, what is missing is chosen later."""
+ModelInFile = Annotated[Model, BeforeValidator(_as_it_is, json_schema_input_type=_MODEL_FORMS)]
+
+
+class Placement(Noun):
+    """What groups need of a deployment's file: a cluster and a layout. The rest may stand there too."""
 
     name: str = "deployment"
     cluster: Annotated[
         ClusterRequest | LocalRequest,
         BeforeValidator(read_cluster, json_schema_input_type=_CLUSTER_FORMS),
     ]
-    model: Annotated[Model, BeforeValidator(_as_it_is, json_schema_input_type=_MODEL_FORMS)]
-    workload: Workload
+    model: ModelInFile | None = None
+    workload: Workload | None = None
     layout: LayoutRequest = LayoutRequest()
     policy: PolicyRequest = PolicyRequest()
     training: Training | None = None
     claims: Claims | None = None
 
 
-def read_deployment(path: str | Path, overrides: Sequence[str] = ()) -> Deployment:
-    """The deployment in a YAML file, with `--set` overrides. Raises InputError with the key's path."""
+class Deployment(Placement):
+    """A deployment as a file states it: what is given is kept, what is missing is chosen later."""
+
+    model: ModelInFile
+    workload: Workload
+
+
+PlacementT = TypeVar("PlacementT", bound=Placement)
+
+
+def read_placement(path: str | Path, noun: type[PlacementT], overrides: Sequence[str] = ()) -> PlacementT:
+    """A placement or a whole deployment in a YAML file, with `--set` overrides. Raises InputError with the
+    key's path."""
     document = read_yaml(path)
     for key in PLAN_KEYS:  # a plan is a deployment with every field resolved, and may stand for one
         document.pop(key, None)
-    return deployment_from(apply_overrides(document, overrides), Path(path).parent)
+    return _from(noun, apply_overrides(document, overrides), Path(path).parent)
+
+
+def read_deployment(path: str | Path, overrides: Sequence[str] = ()) -> Deployment:
+    """The deployment in a YAML file, with `--set` overrides. Raises InputError with the key's path."""
+    return read_placement(path, Deployment, overrides)
 
 
 def deployment_from(document: dict[str, Any], folder: Path) -> Deployment:
     """A deployment from a mapping; files that it names are looked up from `folder`."""
+    return _from(Deployment, document, folder)
+
+
+def _from(noun: type[PlacementT], document: dict[str, Any], folder: Path) -> PlacementT:
     changed = dict(document)
     if "model" in changed:
         changed["model"] = read_model(changed["model"], folder)
@@ -98,7 +121,7 @@ def deployment_from(document: dict[str, Any], folder: Path) -> Deployment:
         if isinstance(routing, dict) and isinstance(routing.get("histogram"), str):
             tokens = read_counts(folder / routing["histogram"], ("layer", "expert", "tokens"))
             changed["workload"] = {**workload, "routing": {"tokens": tokens}}
-    return decode(Deployment, changed)
+    return decode(noun, changed)
 
 
 def read_counts(path: Path, columns: tuple[str, ...]) -> list[tuple[int, ...]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.cluster import Cluster
-from meshwright.deployment import Deployment, Training, read_deployment
+from meshwright.deployment import Deployment, PlacementT, Training, read_placement
 from meshwright.engines import engine_named
 from meshwright.errors import InputError
 from meshwright.files import Noun, decode, read_yaml, to_yaml, write_text
@@ -78,7 +78,6 @@ def resolve_layout(
     request: LayoutRequest,
     cluster: Cluster,
     schedule: ScheduleName | None = None,
-    etp_follows_tp: bool = False,
 ) -> tuple[Layout, dict[str, str]]:
     """All degrees for a cluster: dp fills the world, etp is 1 with experts divided, else tp."""
     used: dict[str, str] = {}
@@ -94,9 +93,8 @@ def resolve_layout(
         )
         used["layout.vpp"] = f"{degrees['vpp']}: {why}"
     if "etp" not in degrees:
-        degrees["etp"] = degrees["tp"] if degrees["ep"] == 1 or etp_follows_tp else 1
-        whole = degrees["ep"] > 1 and not etp_follows_tp
-        why = "experts are divided by ep, not cut" if whole else "equal to tp"
+        degrees["etp"] = degrees["tp"] if degrees["ep"] == 1 else 1
+        why = "equal to tp" if degrees["ep"] == 1 else "experts are divided by ep, not cut"
         used["layout.etp"] = f"{degrees['etp']}: {why}"
     inner = degrees["tp"] * degrees["cp"] * degrees["pp"]
     world = cluster.num_gpus
@@ -198,11 +196,10 @@ def read_plan(path: str | Path) -> Plan:
     return plan
 
 
-def open_deployment(path: str | Path, overrides: Sequence[str] = ()) -> Deployment:
-    """The deployment in a file, or in a plan's file, which must be as it was planned; overrides come after.
-
-    Raises InputError with the key's path.
+def open_placement(path: str | Path, noun: type[PlacementT], overrides: Sequence[str] = ()) -> PlacementT:
+    """What stands in a deployment's file, or in a plan's, which must be as it was planned; overrides come
+    after. Raises InputError with the key's path.
     """
     if "digest" in read_yaml(path):
         read_plan(path)
-    return read_deployment(path, overrides)
+    return read_placement(path, noun, overrides)

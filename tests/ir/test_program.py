@@ -497,7 +497,7 @@ def test_full_recompute_keeps_the_input_and_the_choices() -> None:
     block = lower(plan_of(MOE, recompute="full", micro_batch_size=2)).stages[0].blocks[1]
     tokens = 2 * 64
     kept = {name.removeprefix("layers.0."): size for name, (size, _) in block.saved.items()}
-    assert kept.pop("in") == block.input_bytes == tokens * 64 * 2
+    assert kept.pop("in") == tokens * 64 * 2
     assert all(name.endswith((".choices", ".index")) for name in kept)
     assert sum(kept.values()) <= 4 * tokens * 2 * 8
 

@@ -45,13 +45,12 @@ MATMULS = (OpKind.MATMUL, OpKind.GROUPED_MATMUL)
 @dataclass(frozen=True, slots=True)
 class LoweredBlock:
     """A block as one rank runs it for one micro-batch. `saved` maps each kept tensor to (bytes, kept for the
-    weight gradient); `input_bytes` is the block's input, which full recompute keeps instead."""
+    weight gradient)."""
 
     name: str
     tasks: tuple[Task, ...]
     saved: dict[str, tuple[int, bool]]
     saved_without_recompute: dict[str, tuple[int, bool]]
-    input_bytes: int
     output_gradient_bytes: int
 
     @property
@@ -223,15 +222,15 @@ def _renamed(block: LoweredBlock, old: str, new: str) -> LoweredBlock:
     def name(text: str) -> str:
         return new + text[len(old) :]
 
-    tasks = tuple(
-        ComputeTask(name(t.name), t.phase, t.kind, t.sizes, t.flops, t.traffic_bytes)
-        if isinstance(t, ComputeTask)
-        else CommTask(name(t.name), t.phase, t.kind, t.axis, t.num_ranks, t.bytes)
-        for t in block.tasks
+    return replace(
+        block,
+        name=new,
+        tasks=tuple(replace(task, name=name(task.name)) for task in block.tasks),
+        saved={name(tensor): kept for tensor, kept in block.saved.items()},
+        saved_without_recompute={
+            name(tensor): kept for tensor, kept in block.saved_without_recompute.items()
+        },
     )
-    saved = {name(tensor): kept for tensor, kept in block.saved.items()}
-    whole = {name(tensor): kept for tensor, kept in block.saved_without_recompute.items()}
-    return LoweredBlock(new, tasks, saved, whole, block.input_bytes, block.output_gradient_bytes)
 
 
 def _stage(
@@ -258,25 +257,22 @@ def _sends(plan: Plan, shape: Shape, stage: int, num_stages: int) -> Iterator[Co
     degrees = degrees_of(plan.layout, plan.policy.sequence_parallel)
     size = shape.scattered.local(degrees) * plan.model.hidden_size * shape.element_bytes
     rank = rank_of(plan.policy.schedule, stage, plan.layout.pp)
-    for name, phase, other in (
+    directions: tuple[tuple[str, Phase, int], ...] = (
         ("activation", "forward", stage + 1),
         ("gradient", "input_gradient", stage - 1),
-    ):
+    )
+    for name, phase, other in directions:
         if not 0 <= other < num_stages:
             continue
         if rank_of(plan.policy.schedule, other, plan.layout.pp) != rank:
             yield CommTask(
                 f"stages.{stage}.send_{name}",
-                _phase(phase),
+                phase,
                 CollectiveKind.SEND_RECV,
                 "pp",
                 plan.layout.pp,
                 size,
             )
-
-
-def _phase(name: str) -> Phase:
-    return "forward" if name == "forward" else "input_gradient"
 
 
 def lower_block(plan: Plan, block: Block) -> LoweredBlock:
@@ -295,13 +291,10 @@ def lower_block(plan: Plan, block: Block) -> LoweredBlock:
     tasks += _gradient_reductions(plan, block.name)
     whole = _sizes(saved_tensors(block.ops), degrees)
     kept = _sizes(saved_tensors(block.ops, dropped), degrees)
-    input_bytes = 0
-    if block.name.startswith("layers."):
-        input_bytes = whole.get(f"{block.name}.in", (0, False))[0]
-        if plan.policy.recompute == "full":
-            kept = _kept_under_full_recompute(block.name, whole)
+    if block.name.startswith("layers.") and plan.policy.recompute == "full":
+        kept = _kept_under_full_recompute(block.name, whole)
     outputs = sum(_output_bytes(op, degrees) for op in block.ops if op.kind in MATMULS)
-    return LoweredBlock(block.name, tuple(tasks), kept, whole, input_bytes, outputs)
+    return LoweredBlock(block.name, tuple(tasks), kept, whole, outputs)
 
 
 def _repeated(plan: Plan, block: Block, tasks: list[Task], dropped: frozenset[str]) -> list[Task]:
