@@ -56,6 +56,11 @@ class Layout(Noun):
     def _experts_fold_into_the_dense_ranks(self) -> Layout:
         if self.world_size > MAX_WORLD_SIZE:
             raise InputError("world_size", self.world_size, f"at most {MAX_WORLD_SIZE:,} ranks")
+        self.require_fold()
+        return self
+
+    def require_fold(self) -> None:
+        """Whether the experts' degrees fold into the ranks of a stage. Raises InputError when they do not."""
         stage_ranks = self.tp * self.cp * self.dp
         if stage_ranks % self.etp:
             rule = f"must divide tp·cp·dp = {stage_ranks}: experts re-name those ranks"
@@ -64,7 +69,6 @@ class Layout(Noun):
             product = self.etp * self.ep
             rule = f"etp·ep = {product} must divide tp·cp·dp = {stage_ranks}: experts re-name those ranks"
             raise InputError("ep", self.ep, rule, nearest_divisors(stage_ranks, self.ep, multiple=self.etp))
-        return self
 
     @property
     def world_size(self) -> int:

@@ -8,6 +8,7 @@ from itertools import product
 from math import log2
 
 from meshwright.cluster import Cluster
+from meshwright.errors import InputError
 from meshwright.layout import Layout, divisors, nearest_divisors
 from meshwright.model import Model
 from meshwright.verify import Finding, cluster_findings, layout_findings
@@ -44,10 +45,10 @@ def broken_rules(model: Model, cluster: Cluster, degrees: Mapping[str, int], bat
     """Every rule that keeps degrees from existing as they are, the world first: none when they can."""
     layout = _unchecked(degrees)
     findings = [*cluster_findings(cluster, layout), *layout_findings(model, layout)]
-    ranks, experts = layout.tp * layout.cp * layout.dp, layout.etp * layout.ep
-    if ranks % experts:
-        rule = f"etp·ep = {experts} must divide tp·cp·dp = {ranks}: experts re-name those ranks"
-        findings.append(Finding("layout.ep", layout.ep, rule, tuple(nearest_divisors(ranks, layout.ep))))
+    try:
+        layout.require_fold()
+    except InputError as error:
+        findings.append(Finding(f"layout.{error.key}", error.value, error.rule, error.nearest))
     if batch % layout.dp:
         rule = f"must divide the global batch of {batch} sequences"
         findings.append(Finding("layout.dp", layout.dp, rule, tuple(nearest_divisors(batch, layout.dp))))

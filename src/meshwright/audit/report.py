@@ -15,10 +15,11 @@ from meshwright.audit.arithmetic import evaluate
 from meshwright.audit.context import Context, context_of, with_repairs
 from meshwright.audit.figures import FigureKind, figure_kind
 from meshwright.audit.repair import Repair
-from meshwright.claims import MAX_FIGURES, Claims, Figure
+from meshwright.claims import MAX_FIGURES, Figure
 from meshwright.cluster import Cluster
 from meshwright.cost.memory import RankMemory, memory, worst
 from meshwright.deployment import Deployment
+from meshwright.engines import engine_named
 from meshwright.errors import InputError
 from meshwright.ir.parameters import ParameterCounts
 from meshwright.ir.program import lower
@@ -170,7 +171,7 @@ def audit(deployment: Deployment) -> AuditReport:
         findings=tuple(_findings(ctx, ranks)),
         defaults=ctx.defaults,
         assumptions=ctx.claims.assumptions,
-        notes=tuple(_notes(deployment)),
+        notes=tuple(_notes(ctx)),
     )
 
 
@@ -198,10 +199,16 @@ def _findings(ctx: Context, ranks: tuple[RankMemory, ...]) -> Iterator[Finding]:
         yield Finding("cluster.gpu.memory", BYTES.format(capacity), rule)
 
 
-def _notes(deployment: Deployment) -> Iterator[str]:
-    """What somebody who reads the report should know about how the file was read."""
-    claimed = (deployment.claims or Claims()).layout.model_dump()
-    for axis, size in deployment.layout.model_dump().items():
+def _notes(ctx: Context) -> Iterator[str]:
+    """What somebody who reads the report should know: claims that stand before the file's own layout, and
+    assumptions about the engine that no line of memory names."""
+    claimed = ctx.claims.layout.model_dump()
+    if ctx.layout is not None:
+        name = ctx.plan_on(ctx.layout).policy.engine
+        for fact, why in engine_named(name).assumptions().items():
+            if fact not in ("context", "slack"):  # which are lines of their own
+                yield f"{name} engine, {fact}: {why}"
+    for axis, size in ctx.deployment.layout.model_dump().items():
         if size is not None and claimed[axis] not in (None, size):
             yield f"claims.layout.{axis} {claimed[axis]} is audited; layout.{axis} {size} stands aside"
 

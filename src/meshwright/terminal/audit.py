@@ -61,8 +61,13 @@ def _show_layout(report: AuditReport, console: Console) -> None:
 
 
 def _degrees(layout: Mapping[str, int]) -> str:
-    kept = [axis for axis in ("tp", "cp", "pp", "dp", "ep") if axis != "cp" or layout.get("cp", 1) > 1]
-    return " ".join(f"{axis.upper()}{layout[axis]}" for axis in kept)
+    """TP PP DP EP always; the others where they are not 1 (etp equal to tp without ep is no choice)."""
+    chosen_etp = layout["ep"] > 1 or layout["etp"] != layout["tp"]
+    words = []
+    for axis in ("tp", "cp", "pp", "vpp", "dp", "ep", "etp"):
+        if axis in ("tp", "pp", "dp", "ep") or (layout[axis] > 1 and (axis != "etp" or chosen_etp)):
+            words.append(f"{axis.upper()}{layout[axis]}")
+    return " ".join(words)
 
 
 def _rule(finding: Finding) -> str:
