@@ -1,0 +1,122 @@
+"""How long a pipeline takes from the times of its stages: closed forms, elementwise over layouts.
+
+P ranks, v chunks on each, m micro-batches; f, b, w are the forward, input-gradient and weight-gradient
+seconds of one micro-batch on one stage. Every form is held against the action lists of `ir/schedule.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from meshwright.ir.schedule import stage_of
+from meshwright.policy import ScheduleName
+
+Array = Any
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineTime:
+    """Seconds of a pipeline's micro-batches, elementwise.
+
+    `busy_s` by rank is the work of all micro-batches; `slack_s` by rank is how long before the pipeline's
+    end the rank's last backward is done, as far as the stages before it still need their own.
+    """
+
+    total_s: Array
+    busy_s: Array
+    slack_s: Array
+
+    @property
+    def bubble_fraction(self) -> Array:
+        """Mean idle share of the ranks."""
+        return 1 - self.busy_s.mean(axis=0) / self.total_s
+
+
+def pipeline_time(
+    schedule: ScheduleName, num_ranks: int, num_chunks: int, num_micro_batches: Array, stages: Array
+) -> PipelineTime:
+    """Seconds of all micro-batches of a step.
+
+    `stages` has the shape (3, P·v, N): f, b, w by stage. `num_micro_batches` may be an array of N.
+    """
+    f, b, w = (_by_rank(schedule, num_ranks, num_chunks, phase) for phase in stages)
+    m = np.asarray(num_micro_batches)
+    work = f + b + w
+    busy = m * work.sum(axis=0)
+    backward = (b + w)[0]
+    slack = np.cumsum(backward, axis=0) - backward
+    if num_ranks == 1:
+        total = busy[0]
+    elif schedule == "GPipe":
+        total = _gpipe(f[0], (b + w)[0], m)
+    elif schedule in ("1F1B", "Interleaved1F1B"):
+        total = _one_forward_one_backward(f, b + w, m)
+    else:
+        total = busy.max(axis=0) + _zero_bubble_idle(schedule, num_ranks, f, b, w)
+    return PipelineTime(total, busy, slack)
+
+
+def _by_rank(schedule: ScheduleName, num_ranks: int, num_chunks: int, stages: Array) -> Array:
+    """Stage times as (chunk, rank, N)."""
+    order = [
+        [stage_of(schedule, rank, chunk, num_ranks) for rank in range(num_ranks)]
+        for chunk in range(num_chunks)
+    ]
+    return stages[np.array(order)]
+
+
+def _gpipe(f: Array, b: Array, m: Array) -> Array:
+    """All forwards, then all backwards, each a flow shop of equal jobs: Σt + (m − 1)·max t. Exact."""
+    return sum(t.sum(axis=0) + (m - 1) * t.max(axis=0) for t in (f, b))
+
+
+def _one_forward_one_backward(f: Array, b: Array, m: Array) -> Array:
+    """1F1B and interleaved 1F1B: the slowest rank's path.
+
+    Rank i starts after the forwards before it and is followed by the backwards before it. In between it works
+    m micro-batches and waits twice for the ranks after it: for its first gradient, behind k warm-up
+    forwards of its own, and at the end for its last one, behind k backwards:
+    T_i = Σ_{j<i} t_j + m·t_i + max(0, D_i − k·f_i) + max(0, D_i − k·b_i), D_i = Σ_{j>i} t_j, k = P − 1 − i.
+    Exact for one chunk; with v chunks t_i sums the rank's chunks, the first fills, the last drains, and the
+    form is exact for equal stages. With m < P each further chunk waits for P − m slots.
+    """
+    num_chunks, num_ranks = f.shape[:2]
+    t = f + b
+    before = np.cumsum(t[0], axis=0) - t[0]
+    after = np.cumsum(t[-1][::-1], axis=0)[::-1] - t[-1]
+    behind = np.arange(num_ranks - 1, -1, -1).reshape(-1, *([1] * (t.ndim - 2)))
+    k = np.minimum(behind, np.maximum(m - 1, 0)) if num_chunks == 1 else behind
+    waits = np.maximum(after - k * f[-1], 0) + np.maximum(after - k * b[-1], 0)
+    path = before + m * t.sum(axis=0) + waits
+    short = np.maximum(num_ranks - m, 0) * t[1:].sum(axis=0) if num_chunks > 1 else 0.0
+    return (path + short).max(axis=0)
+
+
+def _zero_bubble_idle(schedule: ScheduleName, num_ranks: int, f: Array, b: Array, w: Array) -> Array:
+    """Idle seconds beside the fullest rank's work, from mean chunk times: the longest of the paths that the
+    action lists have, found by running them over random f, b, w. For InterleavedZeroBubble this is
+    (P − 1)·max(f + b − w, f, b) (ZB-H1, arXiv:2401.10241 §2.3)."""
+    one, last = num_ranks - 1, 2 * (num_ranks - 1)
+    mean = [phase.mean(axis=(0, 1)) for phase in (f, b, w)]
+    paths: tuple[tuple[int, int, int], ...]
+    match schedule:
+        case "InterleavedZeroBubble":
+            paths = ((one, one, -one), (one, 0, 0), (0, one, 0))
+        case "ZBVZeroBubble":
+            paths = (
+                (0, 1, one - 1),
+                (1, 0, one - 1),
+                (0, one, 0),
+                (0, last, -last),
+                (last, -one, -1),
+                (last - 1, 1 - one, 0),
+                (last, 0, -last - 1),
+                (last - 1, 1, -last),
+            )
+        case _:
+            paths = ((last, 0, 0), (one - 1, last, -one), (last, one, -one), (one - 1, one, 0))
+    seconds = [sum(count * t for count, t in zip(path, mean, strict=True)) for path in paths]
+    return np.maximum.reduce(np.broadcast_arrays(*seconds))

@@ -1,0 +1,90 @@
+"""What one cluster, number type and engine charge: kernel rates, link rates, what overlaps, the constants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from meshwright.cluster import Cluster
+from meshwright.cost.collectives import LinkRates, link_rates
+from meshwright.cost.compute import ComputeRates, compute_rates
+from meshwright.cost.constants import Constants, constants, generation_of
+from meshwright.eras import Era, era_named, era_of
+from meshwright.policy import EngineName
+from meshwright.workload import Precision
+
+Overlap = Mapping[str, bool]
+"""What runs beside compute: `tensor`, `data`, `gather`, `pipeline`, `context`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What a run states about how it was executed, beyond its plan.
+
+    `overlap` replaces facts of the era; `graphed` says that captured CUDA graphs launch the ops; `balanced`
+    is False for real routing that nobody described.
+    """
+
+    era: str | None = None
+    overlap: Overlap = field(default_factory=dict)
+    graphed: bool = False
+    balanced: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """Everything that turns tasks into seconds. `precise` prices what an fp8 or fp4 recipe leaves in bf16."""
+
+    cluster: Cluster
+    compute: ComputeRates
+    precise: ComputeRates
+    links: LinkRates
+    constants: Constants
+    overlap: Overlap
+    slowdown: float
+    host_s: float
+    casts: bool
+    flat: bool
+
+    @property
+    def memory_bytes_per_s(self) -> float:
+        """Bytes per second that ops reach which memory bandwidth bounds."""
+        return self.precise.memory_bytes_per_s
+
+    def hidden(self, what: str) -> float:
+        """Share of a kind of communication that runs beside compute: 0 where nothing overlaps it."""
+        return self.constants.hidden[what].value if self.overlap.get(what, False) else 0.0
+
+
+def prices(
+    cluster: Cluster,
+    precision: Precision,
+    engine: EngineName,
+    conditions: Conditions | None = None,
+    values: Constants | None = None,
+) -> Prices:
+    """The prices of a cluster for one number type and engine. Raises InputError for an unknown era."""
+    stated = conditions or Conditions()
+    fitted = values or constants()
+    era = era_named(stated.era or era_of(engine))
+    low = precision in ("fp8", "fp4")
+    fine: Precision = "bf16" if low else precision
+    # A file that states one flat efficiency has said what kernels reach: nothing is put on top of it.
+    flat = cluster.efficiency is not None and cluster.efficiency.compute is not None
+    return Prices(
+        cluster=cluster,
+        compute=compute_rates(cluster.gpu, precision, cluster.efficiency),
+        precise=compute_rates(cluster.gpu, fine, cluster.efficiency),
+        links=link_rates(cluster),
+        constants=fitted,
+        overlap={**_overlap(era), **stated.overlap},
+        slowdown=1.0 if flat else fitted.slowdown[generation_of(cluster.gpu.name)].value,
+        host_s=fitted.host["graph" if stated.graphed else "eager"].value,
+        casts=low,
+        flat=flat,
+    )
+
+
+def _overlap(era: Era) -> dict[str, bool]:
+    names = ("tensor", "data", "gather", "pipeline", "context")
+    return {name: getattr(era, name).value for name in names}

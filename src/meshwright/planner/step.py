@@ -1,0 +1,70 @@
+"""What a step costs outside its micro-batches: gradient reduction, parameter gathering, the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from meshwright.cost.placement import Group
+from meshwright.ir.tasks import CommTask
+from meshwright.planner.prices import Prices
+from meshwright.planner.times import Running, exposed, price_collective
+
+Array = Any
+
+DATA_AXES = ("dp_cp", "edp")
+SMALL_BYTES = 1024
+"""Collectives up to this size carry scalars: they cost their latency and hide behind nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepComm:
+    """Seconds of one rank's communication once per step: over the data axes, and the rest."""
+
+    data_s: Array
+    other_s: Array
+
+
+def step_comm(
+    tasks: Iterable[CommTask], prices: Prices, groups: Mapping[str, Group], running: Running
+) -> StepComm:
+    """Seconds of what one rank communicates once per step."""
+    data: Array = 0.0
+    other: Array = 0.0
+    for task in tasks:
+        axis = "pipeline" if task.axis == "pp" else task.axis
+        seconds = price_collective(task, prices, {**groups, task.axis: groups[axis]}, running)
+        if task.axis in DATA_AXES and np.max(task.bytes) > SMALL_BYTES:
+            data = data + seconds
+        else:
+            other = other + seconds
+    return StepComm(data, other)
+
+
+def exposed_data(
+    comm: StepComm, prices: Prices, backward_s: Array, forward_s: Array, slack_s: Array
+) -> Array:
+    """Gradient reduction and parameter gathering that nothing hides, on one rank.
+
+    Overlapped, they run beside the last micro-batch's backward and the next step's first forward; a rank
+    whose last backward ends before the pipeline does has that slack besides.
+    """
+    beside = backward_s + forward_s
+    return np.maximum(exposed(comm.data_s, beside, prices.hidden("data")) - slack_s, 0.0)
+
+
+OPTIMIZER_READS_AND_WRITES = {"adamw": 28, "sgd": 8}
+"""Bytes that an update moves for each FP32 master: gradient, master and moments read, all but the gradient
+written (Adam, 4 + 12 + 12), and the compute-type weight on top."""
+
+
+def optimizer_seconds(
+    prices: Prices, optimizer: str, weight_bytes: int, owned: Array, held: Array, gradient_bytes: int
+) -> Array:
+    """Seconds of an update: memory traffic of the `owned` share, and of clearing and norming the `held`
+    gradients, at the memory bandwidth that kernels reach."""
+    moved = owned * (OPTIMIZER_READS_AND_WRITES[optimizer] + weight_bytes) + 2 * held * gradient_bytes
+    return prices.slowdown * moved / prices.memory_bytes_per_s

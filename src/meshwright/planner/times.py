@@ -1,0 +1,151 @@
+"""Seconds of one block for one micro-batch, by phase and by what takes them.
+
+Works on numbers and on numpy arrays alike: one plan has numbers, the search has one element per layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from meshwright.cluster import Cluster
+from meshwright.cost.collectives import collective_seconds
+from meshwright.cost.compute import compute_seconds
+from meshwright.cost.placement import Group, group_on
+from meshwright.ir.graph import CollectiveKind, OpKind
+from meshwright.ir.tasks import CommTask, ComputeTask, Phase, Task
+from meshwright.planner.prices import Prices
+from meshwright.policy import Dispatcher
+
+Array = Any
+"""A number or a numpy array of numbers, one per layout."""
+
+MICRO_BATCH_PHASES: tuple[Phase, ...] = ("forward", "recompute", "input_gradient", "weight_gradient")
+AXES = ("tp", "cp", "ep", "etp", "dp")
+"""Axes of communication inside a micro-batch; `dp` stands for ZeRO's gathers and reductions."""
+PARTS = ("compute", *AXES, "host")
+"""What the time of a phase is made of: compute, exposed communication by axis, waiting for launches."""
+
+_OVERLAPPED_AS = {"tp": "tensor", "etp": "tensor", "cp": "context", "ep": "expert", "dp": "gather"}
+_PRECISE = ("head", ".router", ".shared_gate")
+"""Matmuls that fp8 recipes keep in bf16 (Megatron-LM and DeepSeek-V3, arXiv:2412.19437 §3.3.1)."""
+_CAST_BYTES = 3
+"""Casting one bf16 element to fp8: two bytes read, one written."""
+
+PhaseParts = dict[str, Array]
+BlockTimes = dict[Phase, PhaseParts]
+"""Seconds by phase and part."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """How a layout runs its blocks, beyond the tasks themselves.
+
+    `load` is the fullest expert rank's load over the mean; `overlaps_experts` says that expert communication
+    runs beside another micro-batch's compute.
+    """
+
+    dispatcher: Dispatcher
+    overlaps_experts: Array = False
+    load: Array = 1.0
+
+
+def axis_groups(cluster: Cluster, degrees: Mapping[str, Array]) -> dict[str, Group]:
+    """The group along each axis, for ranks in the order tp-cp-dp-pp and etp-ep-edp-pp; elementwise.
+
+    `degrees` names tp, cp, dp, pp, ep and etp. `pp` is a pair of neighbouring stages, `pipeline` a whole
+    pipeline, `embedding` its two ends, `world` all ranks.
+    """
+    tp, cp, dp, pp = (degrees[axis] for axis in ("tp", "cp", "dp", "pp"))
+    ep, etp = degrees["ep"], degrees["etp"]
+    stage = tp * cp * dp
+    pair = np.minimum(pp, 2)
+    return {
+        "tp": group_on(cluster, tp, 1),
+        "cp": group_on(cluster, cp, tp),
+        "dp_cp": group_on(cluster, dp * cp, tp),
+        "etp": group_on(cluster, etp, 1),
+        "ep": group_on(cluster, ep, etp),
+        "edp": group_on(cluster, stage // (ep * etp), etp * ep),
+        "pp": group_on(cluster, pair, stage),
+        "pipeline": group_on(cluster, pp, stage),
+        "embedding": group_on(cluster, pair, stage * np.maximum(pp - 1, 1)),
+        "world": group_on(cluster, stage * pp, 1),
+    }
+
+
+def price_block(
+    tasks: Sequence[Task], prices: Prices, groups: Mapping[str, Group], running: Running
+) -> BlockTimes:
+    """Seconds of a block's tasks for one micro-batch, by phase and part.
+
+    Communication of an axis that the era overlaps is exposed by (1 − hidden) of its time, and by what does
+    not fit beside the phase's compute: max((1 − h)·t, t − compute). A phase never ends before its ops are
+    launched: `host` is what launching takes beyond the rest.
+    """
+    times: BlockTimes = {}
+    for phase in MICRO_BATCH_PHASES:
+        of_phase = [task for task in tasks if task.phase == phase]
+        compute: Array = 0.0
+        comm: dict[str, Array] = dict.fromkeys(AXES, 0.0)
+        for task in of_phase:
+            if isinstance(task, ComputeTask):
+                compute = compute + price_op(task, prices, running)
+            else:
+                axis = "dp" if task.axis in ("dp_cp", "edp") else task.axis
+                comm[axis] = comm[axis] + price_collective(task, prices, groups, running)
+        parts: PhaseParts = {"compute": compute}
+        for axis, seconds in comm.items():
+            parts[axis] = exposed(seconds, compute, _hidden(axis, prices, running))
+        total = sum(parts.values())
+        parts["host"] = np.maximum(len(of_phase) * prices.host_s - total, 0.0)
+        times[phase] = parts
+    return times
+
+
+def exposed(comm_s: Array, compute_s: Array, hidden: Array) -> Array:
+    """Communication that nothing hides: the share that cannot overlap, or what is longer than the compute."""
+    return comm_s - np.minimum(hidden * comm_s, compute_s)
+
+
+def _hidden(axis: str, prices: Prices, running: Running) -> Array:
+    if axis == "ep":
+        return running.overlaps_experts * prices.constants.hidden["expert"].value
+    return prices.hidden(_OVERLAPPED_AS[axis])
+
+
+def price_op(task: ComputeTask, prices: Prices, running: Running) -> Array:
+    """Seconds of one op: its kernel alone, times the slowdown of kernels inside a step."""
+    sizes, flops, traffic = task.sizes, task.flops, task.traffic_bytes
+    if task.kind is OpKind.GROUPED_MATMUL:
+        sizes = (sizes[0], sizes[1] * running.load, *sizes[2:])
+        flops = flops * running.load
+    rates = prices.precise if task.name.endswith(_PRECISE) else prices.compute
+    if prices.casts and rates is prices.compute and task.kind in (OpKind.MATMUL, OpKind.GROUPED_MATMUL):
+        traffic = traffic + _cast_bytes(task, prices)
+        return prices.slowdown * (
+            compute_seconds(rates, task.kind, task.phase, sizes, flops, task.traffic_bytes)
+            + _cast_bytes(task, prices) / prices.cluster.gpu.memory_bandwidth
+        )
+    return prices.slowdown * compute_seconds(rates, task.kind, task.phase, sizes, flops, traffic)
+
+
+def _cast_bytes(task: ComputeTask, prices: Prices) -> Array:
+    """Memory traffic of casting a matmul's operands: its input forward, the output's gradient backward."""
+    m, n, k = task.sizes[-3:]
+    width = {"forward": k, "recompute": k, "input_gradient": n}.get(task.phase, 0)
+    return prices.constants.fp8_cast.value * _CAST_BYTES * m * width
+
+
+def price_collective(task: CommTask, prices: Prices, groups: Mapping[str, Group], running: Running) -> Array:
+    """Seconds of one collective; routed tokens of the fullest rank set the pace of an all-to-all."""
+    size: Array = task.bytes
+    if task.kind is CollectiveKind.ALL_TO_ALL:
+        size = size * running.load
+    group = groups[task.axis]
+    seconds = collective_seconds(prices.links, task.kind, size, group, running.dispatcher)
+    leaves = np.asarray(group.inner) < np.asarray(group.ranks)
+    return np.where(leaves, prices.constants.network.value, 1.0) * seconds
