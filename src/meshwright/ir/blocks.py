@@ -6,8 +6,6 @@ are always listed; lowering drops those whose axis has one rank.
 
 from __future__ import annotations
 
-from math import ceil
-
 from meshwright.ir.attention import latent_attention, plain_attention
 from meshwright.ir.dense import Shape, enter, gathered_input, leave, mlp, norm_op, residual
 from meshwright.ir.experts import moe
@@ -69,7 +67,7 @@ def head_block(model: Model, shape: Shape) -> Block:
     """
     hidden = Dim("hidden", model.hidden_size)
     multiple = shape.engine.vocabulary_multiple.value * shape.tp
-    vocabulary = Dim("vocabulary", ceil(model.vocab_size / multiple) * multiple, ("tp",))
+    vocabulary = Dim("vocabulary", -(-model.vocab_size // multiple) * multiple, ("tp",))
     weight = "embedding.weight" if model.tie_word_embeddings else "head.weight"
     tokens = shape.gathered
     kept = Saved("head.logits", (tokens, vocabulary), shape.element_bytes)

@@ -20,6 +20,8 @@ class Shape:
     """What a block is built for: one micro-batch on one data-parallel rank, and the engine that runs it.
 
     `micro_batch_size` sequences of `sequence_length` tokens each; `element_bytes` per activation element.
+    Where one block stands for many layouts, `micro_batch_size` may be an array, and `tp` an array of degrees
+    above 1; `ep` decides which nodes there are, so it is a number.
     """
 
     micro_batch_size: int
@@ -34,7 +36,7 @@ class Shape:
     @property
     def gathers_sequence(self) -> bool:
         """Whether a tensor-parallel region takes its input from several ranks' shares of the tokens."""
-        return self.sequence_parallel and self.tp > 1
+        return self.sequence_parallel and not (isinstance(self.tp, int) and self.tp == 1)
 
     @property
     def tokens(self) -> int:

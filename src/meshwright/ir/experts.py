@@ -83,9 +83,14 @@ def routed_tokens(model: Model, shape: Shape) -> int:
     """
     even = shape.tokens * model.num_experts_per_tok
     if model.router.type == "gshard_top2":
-        return 2 * ceil(shape.tokens / model.num_experts) * model.num_experts
+        return 2 * -(-shape.tokens // model.num_experts) * model.num_experts
     factor = model.router.capacity_factor
-    return even if factor is None else ceil(even * min(1.0, factor))
+    return even if factor is None else _whole(even * min(1.0, factor))
+
+
+def _whole(tokens: float) -> int:
+    """Rounded up; elementwise."""
+    return ceil(tokens) if isinstance(tokens, float) else -(-tokens // 1)
 
 
 def distinct_ranks(num_experts: int, top_k: int, ep: int) -> float:
@@ -103,7 +108,7 @@ def _sent(model: Model, shape: Shape) -> Dim:
         share = (
             distinct_ranks(model.num_experts, model.num_experts_per_tok, shape.ep) / model.num_experts_per_tok
         )
-        copies = ceil(copies * min(1.0, share))
+        copies = _whole(copies * min(1.0, share))
     return Dim("sent", copies, ("cp", "sp"))
 
 

@@ -3,6 +3,9 @@
 An op describes the whole model; each of its dims says which mesh axes divide it. `Dim.local` gives what
 one rank computes. Backward is derived from an op's kind and split into input gradient and weight gradient,
 so that zero-bubble schedules need nothing extra.
+
+Sizes, FLOPs and bytes on one rank are elementwise: a degree or a dim's size may be a whole number, or a NumPy
+array of them that stands for many layouts at once.
 """
 
 from __future__ import annotations
@@ -216,8 +219,8 @@ def traffic(op: Op, degrees: Degrees) -> Traffic:
             return Traffic(once, 2 * once, 0)
         case _:
             elements = prod(sizes)
-            forward, backward = op.traffic
-            return Traffic(round(elements * forward * unit), round(elements * backward * unit), 0)
+            forward, backward = (round(2 * tensors) for tensors in op.traffic)  # in halves: stays whole
+            return Traffic(elements * forward * unit // 2, elements * backward * unit // 2, 0)
 
 
 def saved_tensors(ops: tuple[Op, ...], dropped: frozenset[str] = frozenset()) -> dict[str, Saved]:

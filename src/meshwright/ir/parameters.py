@@ -105,6 +105,17 @@ def head_parameters(model: Model) -> Iterator[Param]:
         yield Param("head.weight", "head", (model.vocab_size, model.hidden_size), ("tp", None))
 
 
+def block_parameters(model: Model, block: str) -> list[Param]:
+    """Parameters that a block reads, by its name: a layer's, the embedding's, the head's. A tied table is
+    read by both ends."""
+    if block.startswith("layers."):
+        return list(layer_parameters(model, int(block.split(".")[1])))
+    if block == "embedding":
+        return list(embedding_parameters(model))
+    tied = list(embedding_parameters(model))[:1] if model.tie_word_embeddings else []
+    return [*head_parameters(model), *tied]
+
+
 def count_parameters(model: Model) -> ParameterCounts:
     """Total, active and per-part parameters.
 

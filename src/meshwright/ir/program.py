@@ -13,66 +13,32 @@ from typing import Literal
 from meshwright.engines import Engine, engine_named
 from meshwright.ir.blocks import embedding_block, head_block, layer_block
 from meshwright.ir.dense import Shape
-from meshwright.ir.graph import (
-    Block,
-    Collective,
-    CollectiveKind,
-    Degrees,
-    Flops,
-    Op,
-    OpKind,
-    Saved,
-    flops,
-    saved_tensors,
-    traffic,
-)
+from meshwright.ir.graph import Block, CollectiveKind, Degrees
+from meshwright.ir.lowering import LoweredBlock, block_tasks, gradient_reductions, parameter_gathers
 from meshwright.ir.parameters import (
     Param,
+    block_parameters,
     embedding_parameters,
     head_parameters,
     layer_parameters,
 )
 from meshwright.ir.schedule import ActionKind, Schedule, build_schedule, rank_of
-from meshwright.ir.sharding import local_numel, zero_degree
 from meshwright.ir.step import gather_phases, reduces_each_micro_batch, step_tasks
-from meshwright.ir.tasks import PHASES, CommTask, ComputeTask, Phase, Task
+from meshwright.ir.tasks import CommTask, Phase, Task
 from meshwright.layout import Layout
 from meshwright.plan import Plan
 
-MATMULS = (OpKind.MATMUL, OpKind.GROUPED_MATMUL)
-
-
-@dataclass(frozen=True, slots=True)
-class LoweredBlock:
-    """A block as one rank runs it for one micro-batch. `saved` maps each kept tensor to (bytes, kept for the
-    weight gradient)."""
-
-    name: str
-    tasks: tuple[Task, ...]
-    saved: dict[str, tuple[int, bool]]
-    saved_without_recompute: dict[str, tuple[int, bool]]
-    output_gradient_bytes: int
-
-    @property
-    def saved_bytes(self) -> int:
-        """Bytes kept from forward to the input gradient."""
-        return sum(size for size, _ in self.saved.values())
-
-    @property
-    def deferred_bytes(self) -> int:
-        """Bytes kept between the input gradient and a deferred weight gradient: each matmul's input where
-        forward kept it, and the gradient of its output. What recompute dropped is made again for each of the
-        two passes: PyTorch's checkpoint frees it once the input gradient has used it."""
-        inputs = sum(size for size, for_weight in self.saved.values() if for_weight)
-        return inputs + self.output_gradient_bytes
-
-    def flops(self) -> Flops:
-        """Work by phase, recompute not counted."""
-        by_phase = dict.fromkeys(PHASES, 0)
-        for task in self.tasks:
-            if isinstance(task, ComputeTask) and task.phase in by_phase:
-                by_phase[task.phase] += task.flops
-        return Flops(by_phase["forward"], by_phase["input_gradient"], by_phase["weight_gradient"])
+__all__ = [
+    "LoweredBlock",
+    "Program",
+    "StageProgram",
+    "block_tasks",
+    "degrees_of",
+    "lower",
+    "lower_block",
+    "model_flops",
+    "shape_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +121,6 @@ class Program:
                 gathers["forward" if forward else "input_gradient"] += not whole
                 whole = not forward
         return gathers
-
-
-def degrees_of(layout: Layout, sequence_parallel: bool) -> Degrees:
-    """Ranks along each axis that divides an op's dims."""
-    sp = layout.tp if sequence_parallel else 1
-    return {"tp": layout.tp, "cp": layout.cp, "ep": layout.ep, "etp": layout.etp, "sp": sp}
 
 
 def shape_of(plan: Plan, sequence_length: int | None = None) -> Shape:
@@ -275,122 +235,22 @@ def _sends(plan: Plan, shape: Shape, stage: int, num_stages: int) -> Iterator[Co
             )
 
 
+def degrees_of(layout: Layout, sequence_parallel: bool) -> Degrees:
+    """Ranks along each axis that divides an op's dims."""
+    sp = layout.tp if sequence_parallel else 1
+    return {"tp": layout.tp, "cp": layout.cp, "ep": layout.ep, "etp": layout.etp, "sp": sp}
+
+
 def lower_block(plan: Plan, block: Block) -> LoweredBlock:
     """A block with the plan's degrees put in: local tasks of every phase, and what is kept for backward."""
     degrees = degrees_of(plan.layout, plan.policy.sequence_parallel)
     engine = engine_named(plan.policy.engine)
-    tasks: list[Task] = []
-    for node in block.nodes:
-        if isinstance(node, Op):
-            tasks += _compute_tasks(node, degrees)
-        else:
-            tasks += _comm_tasks(node, degrees)
-    dropped = frozenset(engine.selective.value) if plan.policy.recompute == "selective" else frozenset()
-    tasks += _repeated(plan, block, tasks, dropped)
-    tasks += _parameter_gathers(plan, block)
-    tasks += _gradient_reductions(plan, block.name)
-    whole = _sizes(saved_tensors(block.ops), degrees)
-    kept = _sizes(saved_tensors(block.ops, dropped), degrees)
-    if block.name.startswith("layers.") and plan.policy.recompute == "full":
-        kept = _kept_under_full_recompute(block.name, whole)
-    outputs = sum(_output_bytes(op, degrees) for op in block.ops if op.kind in MATMULS)
-    return LoweredBlock(block.name, tuple(tasks), kept, whole, outputs)
-
-
-def _repeated(plan: Plan, block: Block, tasks: list[Task], dropped: frozenset[str]) -> list[Task]:
-    """What recompute runs again: a whole layer with its communication, or the ops of the dropped classes."""
-    if plan.policy.recompute == "none" or not block.name.startswith("layers."):
-        return []
-    names = {op.name for op in block.ops if op.recompute in dropped}
-    whole = plan.policy.recompute == "full"
-    return [
-        replace(task, phase="recompute")
-        for task in tasks
-        if task.phase == "forward" and (whole or (isinstance(task, ComputeTask) and task.name in names))
-    ]
-
-
-def _output_bytes(op: Op, degrees: Degrees) -> int:
-    m, n, _ = (dim.local(degrees) for dim in op.dims[-3:])
-    return m * n * op.bytes_per_element
-
-
-def _kept_under_full_recompute(name: str, whole: dict[str, tuple[int, bool]]) -> dict[str, tuple[int, bool]]:
-    """The layer's input, and the routing choices: chosen again they could differ in a near tie."""
-    kept = {f"{name}.in": (whole[f"{name}.in"][0], True)}
-    kept |= {t: (size, True) for t, (size, _) in whole.items() if t.endswith((".choices", ".index"))}
-    return kept
-
-
-def _sizes(tensors: dict[str, Saved], degrees: Degrees) -> dict[str, tuple[int, bool]]:
-    return {name: (saved.local_bytes(degrees), saved.for_weight) for name, saved in tensors.items()}
-
-
-def _compute_tasks(op: Op, degrees: Degrees) -> Iterator[ComputeTask]:
-    sizes = tuple(dim.local(degrees) for dim in op.dims)
-    work, moved = flops(op, degrees), traffic(op, degrees)
-    for phase in PHASES:
-        if getattr(moved, phase):
-            yield ComputeTask(op.name, phase, op.kind, sizes, getattr(work, phase), getattr(moved, phase))
-
-
-def _comm_tasks(node: Collective, degrees: Degrees) -> Iterator[CommTask]:
-    ranks = degrees[node.axis]
-    if ranks == 1:
-        return
-    size = node.local_bytes(degrees)
-    phases: tuple[tuple[Phase, CollectiveKind | None], ...] = (
-        ("forward", node.forward),
-        ("input_gradient", node.backward),
-        ("weight_gradient", node.weight_gradient),
-    )
-    for phase, kind in phases:
-        if kind is not None:
-            yield CommTask(node.name, phase, kind, node.axis, ranks, size)
-
-
-def _parameter_gathers(plan: Plan, block: Block) -> Iterator[CommTask]:
-    """ZeRO-3: each block's parameters are gathered before forward and again before backward."""
-    phases = gather_phases(plan)
-    named = {param for op in block.ops for param in op.params}
-    for expert in (False, True):
-        params = [p for p in _block_params(plan, block.name) if p.is_expert is expert and p.name in named]
-        if not params or zero_degree(params[0], plan.layout) == 1:
-            continue
-        size = sum(local_numel(p, plan.layout) for p in params) * plan.workload.compute_bytes
-        axis, name = ("edp", "experts") if expert else ("dp_cp", "dense")
-        for phase in phases:
-            yield CommTask(
-                f"{block.name}.gather_{name}",
-                phase,
-                CollectiveKind.ALL_GATHER,
-                axis,
-                plan.layout.size(axis),
-                size,
-            )
-
-
-def _gradient_reductions(plan: Plan, block: str) -> Iterator[CommTask]:
-    """A block's gradients, where every backward reduces them; those of a tied table with the embedding."""
-    if not reduces_each_micro_batch(plan):
-        return
-    width = engine_named(plan.policy.engine).gradient_bytes.value
-    own = [p for p in _block_params(plan, block) if block == "embedding" or p.part != "embedding"]
-    for axis, name, expert in (("dp_cp", "dense", False), ("edp", "experts", True)):
-        size = sum(local_numel(p, plan.layout) for p in own if p.is_expert is expert) * width
-        ranks = plan.layout.size(axis)
-        if size and ranks > 1:
-            kind = CollectiveKind.REDUCE_SCATTER
-            yield CommTask(f"{block}.reduce_{name}", "weight_gradient", kind, axis, ranks, size)
-
-
-def _block_params(plan: Plan, block: str) -> list[Param]:
-    if block.startswith("layers."):
-        return list(layer_parameters(plan.model, int(block.split(".")[1])))
-    if block == "embedding":
-        return list(embedding_parameters(plan.model))
-    tied = list(embedding_parameters(plan.model))[:1] if plan.model.tie_word_embeddings else []
-    return [*head_parameters(plan.model), *tied]
+    params = block_parameters(plan.model, block.name)
+    phases, unit = gather_phases(plan), plan.workload.compute_bytes
+    added = [*parameter_gathers(block, params, plan.layout, phases, unit)]
+    if reduces_each_micro_batch(plan):
+        added += gradient_reductions(block.name, params, plan.layout, engine.gradient_bytes.value)
+    return block_tasks(block, degrees, engine, plan.policy.recompute, added)
 
 
 def model_flops(plan: Plan, sequence_length: int) -> int:

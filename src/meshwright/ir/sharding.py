@@ -1,12 +1,23 @@
-"""From a whole parameter and a layout to what one rank holds of it."""
+"""From a whole parameter and a layout to what one rank holds of it.
+
+Sizes on one rank are elementwise: where degrees are NumPy arrays, one call answers for many layouts.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, prod
+from math import prod
+from typing import Protocol
 
 from meshwright.ir.parameters import Param
 from meshwright.layout import Layout
+
+
+class AxisSizes(Protocol):
+    """What sizes on a rank need of a layout, or of many at once."""
+
+    def size(self, axis: str) -> int:
+        """Ranks along an axis, `dp_cp` and `edp` among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +37,14 @@ def local_dim(size: int, ranks: int, blocks: int | None = None) -> int:
     """Elements of a divided dim on one rank.
 
     Blocks (heads) are never cut: with more ranks than blocks each block is replicated. Dims without
-    blocks are padded up to a multiple of the ranks, as engines pad the vocabulary.
+    blocks are padded up to a multiple of the ranks, as engines pad the vocabulary. Elementwise.
     """
     if blocks is None:
-        return ceil(size / ranks)
-    return size // blocks * max(1, blocks // ranks)
+        return -(-size // ranks)
+    return size // blocks * (blocks // ranks + (blocks < ranks))
 
 
-def local_shape(param: Param, layout: Layout) -> tuple[int, ...]:
+def local_shape(param: Param, layout: AxisSizes) -> tuple[int, ...]:
     """Shape of a parameter on each rank that holds it, before ZeRO sharding."""
     return tuple(
         size if axis is None else local_dim(size, layout.size(axis), param.blocks)
@@ -60,14 +71,14 @@ def local_slice(param: Param, layout: Layout, rank: int) -> LocalSlice:
     return LocalSlice(param.name, tuple(ranges))
 
 
-def local_numel(param: Param, layout: Layout) -> int:
+def local_numel(param: Param, layout: AxisSizes) -> int:
     """Elements of a parameter on one rank, before ZeRO sharding."""
     return prod(local_shape(param, layout))
 
 
-def zero_degree(param: Param, layout: Layout) -> int:
+def zero_degree(param: Param, layout: AxisSizes) -> int:
     """Over how many ranks ZeRO divides a parameter: dp·cp for dense ones, edp for routed experts."""
-    return layout.edp if param.is_expert else layout.size("dp_cp")
+    return layout.size("edp" if param.is_expert else "dp_cp")
 
 
 def copies(param: Param, layout: Layout) -> int:

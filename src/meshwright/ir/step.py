@@ -4,33 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from meshwright.engines import engine_named
+from meshwright.engines import Engine, engine_named
 from meshwright.ir.graph import CollectiveKind
 from meshwright.ir.parameters import Param, embedding_parameters
 from meshwright.ir.sharding import local_numel
 from meshwright.ir.tasks import CommTask, Phase
 from meshwright.plan import Plan
+from meshwright.policy import ZeroStage
 
 
 def reduces_each_micro_batch(plan: Plan) -> bool:
-    """Whether every backward reduces its gradients, block by block, so that a rank keeps its share alone.
+    """Whether every backward reduces its gradients, block by block, so that a rank keeps its share alone."""
+    return reduces_in_backward(engine_named(plan.policy.engine), plan.policy.zero_stage, plan.layout.pp)
+
+
+def reduces_in_backward(engine: Engine, zero_stage: ZeroStage, pp: int) -> bool:
+    """The same for an engine, a ZeRO stage and a pipeline.
 
     Never under a pipeline: torch.distributed.pipelining turns `set_requires_gradient_sync` off for every
     backward and reduces once (torch 2.13, pipelining/stage.py, backward_maybe_with_nosync and
     perform_reduce_grad).
     """
-    fact = engine_named(plan.policy.engine).reduces_gradients
-    return fact.value == "each_micro_batch" and plan.policy.zero_stage >= 2 and plan.layout.pp == 1
+    return engine.reduces_gradients.value == "each_micro_batch" and zero_stage >= 2 and pp == 1
 
 
 def gather_phases(plan: Plan) -> tuple[Phase, ...]:
-    """The phases of a micro-batch before which each block's parameters are gathered: both under ZeRO-3. Under
-    ZeRO-2, FSDP2 (parameters that are their own masters) divides them again after every backward that
-    reduces; elsewhere they are gathered once per step."""
-    if plan.policy.zero_stage == 3:
+    """The phases of a micro-batch before which each block's parameters are gathered."""
+    return phases_that_gather(engine_named(plan.policy.engine), plan.policy.zero_stage, plan.layout.pp)
+
+
+def phases_that_gather(engine: Engine, zero_stage: ZeroStage, pp: int) -> tuple[Phase, ...]:
+    """The same for an engine, a ZeRO stage and a pipeline: forward and backward under ZeRO-3. Under ZeRO-2,
+    FSDP2 (parameters that are their own masters) divides them again after every backward that reduces;
+    elsewhere they are gathered once per step."""
+    if zero_stage == 3:
         return ("forward", "input_gradient")
-    in_place = engine_named(plan.policy.engine).master_in_parameter.value
-    return ("forward",) if in_place and reduces_each_micro_batch(plan) else ()
+    in_place = engine.master_in_parameter.value
+    return ("forward",) if in_place and reduces_in_backward(engine, zero_stage, pp) else ()
 
 
 def step_tasks(plan: Plan, params: list[Param], has_embedding: bool, has_head: bool) -> Iterator[CommTask]:

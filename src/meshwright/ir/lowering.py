@@ -1,0 +1,181 @@
+"""A block with degrees put in: the tasks of one rank in every phase, and what it keeps for backward.
+
+Everything here is elementwise: a degree, or a size in the block's dims, may be a whole number, or a NumPy
+array of them that stands for many layouts at once. With numbers a collective over one rank is left out;
+with arrays it stays, and costs nothing where its axis has one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from meshwright.engines import Engine
+from meshwright.ir.graph import (
+    Block,
+    Collective,
+    CollectiveKind,
+    Degrees,
+    Flops,
+    Op,
+    OpKind,
+    Saved,
+    flops,
+    saved_tensors,
+    traffic,
+)
+from meshwright.ir.parameters import Param
+from meshwright.ir.sharding import AxisSizes, local_numel, zero_degree
+from meshwright.ir.tasks import PHASES, CommTask, ComputeTask, Phase, Task
+from meshwright.policy import Recompute
+
+MATMULS = (OpKind.MATMUL, OpKind.GROUPED_MATMUL)
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredBlock:
+    """A block as one rank runs it for one micro-batch. `saved` maps each kept tensor to (bytes, kept for the
+    weight gradient)."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    saved: dict[str, tuple[int, bool]]
+    saved_without_recompute: dict[str, tuple[int, bool]]
+    output_gradient_bytes: int
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes kept from forward to the input gradient."""
+        return sum(size for size, _ in self.saved.values())
+
+    @property
+    def deferred_bytes(self) -> int:
+        """Bytes kept between the input gradient and a deferred weight gradient: each matmul's input where
+        forward kept it, and the gradient of its output. What recompute dropped is made again for each of the
+        two passes: PyTorch's checkpoint frees it once the input gradient has used it."""
+        inputs = sum(size for size, for_weight in self.saved.values() if for_weight)
+        return inputs + self.output_gradient_bytes
+
+    def flops(self) -> Flops:
+        """Work by phase, recompute not counted."""
+        by_phase = dict.fromkeys(PHASES, 0)
+        for task in self.tasks:
+            if isinstance(task, ComputeTask) and task.phase in by_phase:
+                by_phase[task.phase] += task.flops
+        return Flops(by_phase["forward"], by_phase["input_gradient"], by_phase["weight_gradient"])
+
+
+def block_tasks(
+    block: Block, degrees: Degrees, engine: Engine, recompute: Recompute, parameter_tasks: Iterable[Task] = ()
+) -> LoweredBlock:
+    """A block with these degrees put in: local tasks of every phase, and what is kept for backward.
+
+    `parameter_tasks` are those that ZeRO adds to the block (see `parameter_gathers`). Elementwise.
+    """
+    tasks: list[Task] = []
+    for node in block.nodes:
+        if isinstance(node, Op):
+            tasks += _compute_tasks(node, degrees)
+        else:
+            tasks += _comm_tasks(node, degrees)
+    dropped = frozenset(engine.selective.value) if recompute == "selective" else frozenset()
+    tasks += _repeated(block, tasks, recompute, dropped)
+    tasks += parameter_tasks
+    whole = _sizes(saved_tensors(block.ops), degrees)
+    kept = _sizes(saved_tensors(block.ops, dropped), degrees)
+    if block.name.startswith("layers.") and recompute == "full":
+        kept = _kept_under_full_recompute(block.name, whole)
+    outputs = sum(_output_bytes(op, degrees) for op in block.ops if op.kind in MATMULS)
+    return LoweredBlock(block.name, tuple(tasks), kept, whole, outputs)
+
+
+def _repeated(block: Block, tasks: list[Task], recompute: Recompute, dropped: frozenset[str]) -> list[Task]:
+    """What recompute runs again: a whole layer with its communication, or the ops of the dropped classes."""
+    if recompute == "none" or not block.name.startswith("layers."):
+        return []
+    names = {op.name for op in block.ops if op.recompute in dropped}
+    whole = recompute == "full"
+    return [
+        replace(task, phase="recompute")
+        for task in tasks
+        if task.phase == "forward" and (whole or (isinstance(task, ComputeTask) and task.name in names))
+    ]
+
+
+def _output_bytes(op: Op, degrees: Degrees) -> int:
+    m, n, _ = (dim.local(degrees) for dim in op.dims[-3:])
+    return m * n * op.bytes_per_element
+
+
+def _kept_under_full_recompute(name: str, whole: dict[str, tuple[int, bool]]) -> dict[str, tuple[int, bool]]:
+    """The layer's input, and the routing choices: chosen again they could differ in a near tie."""
+    kept = {f"{name}.in": (whole[f"{name}.in"][0], True)}
+    kept |= {t: (size, True) for t, (size, _) in whole.items() if t.endswith((".choices", ".index"))}
+    return kept
+
+
+def _sizes(tensors: dict[str, Saved], degrees: Degrees) -> dict[str, tuple[int, bool]]:
+    return {name: (saved.local_bytes(degrees), saved.for_weight) for name, saved in tensors.items()}
+
+
+def _compute_tasks(op: Op, degrees: Degrees) -> Iterator[ComputeTask]:
+    sizes = tuple(dim.local(degrees) for dim in op.dims)
+    work, moved = flops(op, degrees), traffic(op, degrees)
+    for phase in PHASES:
+        if not _is_nothing(getattr(moved, phase)):
+            yield ComputeTask(op.name, phase, op.kind, sizes, getattr(work, phase), getattr(moved, phase))
+
+
+def _comm_tasks(node: Collective, degrees: Degrees) -> Iterator[CommTask]:
+    ranks = degrees[node.axis]
+    if _is_one(ranks):
+        return
+    size = node.local_bytes(degrees)
+    phases: tuple[tuple[Phase, CollectiveKind | None], ...] = (
+        ("forward", node.forward),
+        ("input_gradient", node.backward),
+        ("weight_gradient", node.weight_gradient),
+    )
+    for phase, kind in phases:
+        if kind is not None:
+            yield CommTask(node.name, phase, kind, node.axis, ranks, size)
+
+
+def parameter_gathers(
+    block: Block, params: Iterable[Param], sizes: AxisSizes, phases: Iterable[Phase], element_bytes: int
+) -> Iterator[CommTask]:
+    """What ZeRO-3 gathers of a block's parameters before each of these phases, in the compute type."""
+    named = {param for op in block.ops for param in op.params}
+    held = [param for param in params if param.name in named]
+    for axis, name, expert in (("dp_cp", "dense", False), ("edp", "experts", True)):
+        own = [param for param in held if param.is_expert is expert]
+        if not own or _is_one(zero_degree(own[0], sizes)):
+            continue
+        size = sum(local_numel(param, sizes) for param in own) * element_bytes
+        for phase in phases:
+            kind = CollectiveKind.ALL_GATHER
+            yield CommTask(f"{block.name}.gather_{name}", phase, kind, axis, sizes.size(axis), size)
+
+
+def gradient_reductions(
+    block: str, params: Iterable[Param], sizes: AxisSizes, element_bytes: int
+) -> Iterator[CommTask]:
+    """The reduction of a block's gradients, where every backward reduces them; those of a tied table go with
+    the embedding."""
+    own = [param for param in params if block == "embedding" or param.part != "embedding"]
+    for axis, name, expert in (("dp_cp", "dense", False), ("edp", "experts", True)):
+        mine = [param for param in own if param.is_expert is expert]
+        ranks = sizes.size(axis)
+        if mine and not _is_one(ranks):
+            size = sum(local_numel(param, sizes) for param in mine) * element_bytes
+            kind = CollectiveKind.REDUCE_SCATTER
+            yield CommTask(f"{block}.reduce_{name}", "weight_gradient", kind, axis, ranks, size)
+
+
+def _is_one(ranks: int) -> bool:
+    """Whether this is the number one; an array never is, whatever it holds."""
+    return isinstance(ranks, int) and ranks == 1
+
+
+def _is_nothing(amount: int) -> bool:
+    return isinstance(amount, int) and amount == 0
