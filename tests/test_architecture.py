@@ -50,6 +50,7 @@ LEVEL_OF = {
     "planner": "planner",
     "simulator": "simulator",
     "runtime": "runtime",
+    "validate": "validate",
     # what people see
     "terminal": "terminal",
     "export": "export",
@@ -76,10 +77,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planner": COST | {"planner", "verify"},
     "simulator": COST | {"simulator", "verify"},
     "runtime": IR | {"runtime"},
-    "terminal": CONSUMERS | {"terminal"},
+    "validate": COST | {"validate", "verify", "planner"},  # scores what the planner predicts
+    "terminal": CONSUMERS | {"terminal", "validate"},
     "export": CONSUMERS | {"export"},
     "page": CONSUMERS | {"page"},
-    "cli": CONSUMERS | {"terminal", "export", "page", "cli", "package"},
+    "cli": CONSUMERS | {"terminal", "validate", "export", "page", "cli", "package"},
     "main": {"cli", "ground"},
     "package": CONSUMERS,
 }

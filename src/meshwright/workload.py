@@ -10,11 +10,12 @@ from meshwright.errors import InputError
 from meshwright.files import Noun, choice
 from meshwright.units import Count, CountOrZero, Number, parse_count
 
-Precision = Literal["fp32", "bf16", "fp16", "fp8"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8", "fp4"]
 Optimizer = Literal["adamw", "sgd"]
 
-COMPUTE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
-"""Bytes of a weight or activation between ops. fp8 recipes keep bf16 there and cast around each matmul."""
+COMPUTE_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "fp4": 2}
+"""Bytes of a weight or activation between ops. fp8 and fp4 recipes keep bf16 there and cast around each
+matmul."""
 
 
 MAX_BATCH_SIZE = 2**24

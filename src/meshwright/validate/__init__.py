@@ -1,0 +1,1 @@
+"""Published runs: what they state, as plans that are predicted and scored."""
