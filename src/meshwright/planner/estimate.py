@@ -1,4 +1,8 @@
-"""One plan's step time in closed form, with what it is made of."""
+"""One plan's step time in closed form, with what it is made of.
+
+In two steps: `measure` prices a lowered plan's tasks by the curves of kernels and links; `compose` puts the
+constants, the overlap and the pipeline on top. A fit of the constants repeats the second alone.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +18,24 @@ from meshwright.ir.program import LoweredBlock, Program, lower, model_flops
 from meshwright.ir.sharding import local_numel, zero_degree
 from meshwright.ir.tasks import Phase
 from meshwright.plan import Plan
-from meshwright.planner.pipeline import PipelineTime, pipeline_time
+from meshwright.planner.pipeline import pipeline_time
 from meshwright.planner.prices import Conditions, Prices, prices
 from meshwright.planner.routing import load_factor
-from meshwright.planner.step import exposed_data, optimizer_seconds, step_comm
+from meshwright.planner.step import StepComm, exposed_data, optimizer_seconds, step_comm
 from meshwright.planner.times import (
     AXES,
+    MICRO_BATCH_PHASES,
     PARTS,
-    BlockTimes,
+    KernelTimes,
     Running,
     axis_groups,
-    price_block,
+    block_times,
+    kernel_times,
     price_collective,
 )
 
 Array = Any
+_ROWS = (*PARTS, "pp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,105 +57,86 @@ class StepTime:
         return sum(self.parts[axis] for axis in (*AXES, "pp"))
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A lowered plan priced by curves alone.
+
+    `kinds` are the distinct blocks and `counts[stage, kind]` how often each stage has them; `sends` is by
+    stage and phase, `tails` by pipeline rank: the step's communication, and the optimizer's seconds before
+    any slowdown. For the search, numbers are arrays over layouts that share schedule, pp and vpp with `plan`.
+    """
+
+    plan: Plan
+    num_micro_batches: Array
+    running: Running
+    kinds: tuple[KernelTimes, ...]
+    counts: Array
+    sends: tuple[Mapping[Phase, Array], ...]
+    ranks: tuple[tuple[int, ...], ...]
+    comm: tuple[StepComm, ...]
+    optimizer_s: tuple[Array, ...]
+    model_flops: int
+
+
 def estimate(
     plan: Plan, conditions: Conditions | None = None, sequence_length: int | None = None
 ) -> StepTime:
     """The step time of a plan at one sequence length, the longest unless told."""
+    stated = conditions or Conditions()
+    priced = prices(plan.cluster, plan.workload.precision, plan.policy.engine, stated)
+    return compose(measure(plan, priced, stated, sequence_length), priced)
+
+
+def measure(
+    plan: Plan, priced: Prices, conditions: Conditions, sequence_length: int | None = None
+) -> Measured:
+    """Price every task of a plan by the curves of kernels and links."""
     program = lower(plan, sequence_length)
-    priced = prices(plan.cluster, plan.workload.precision, plan.policy.engine, conditions)
-    length = sequence_length or plan.workload.max_sequence_length
-    return step_time(program, priced, conditions or Conditions(), length)
-
-
-def step_time(program: Program, priced: Prices, conditions: Conditions, sequence_length: int) -> StepTime:
-    """The step time of a lowered plan under given prices."""
-    plan = program.plan
-    layout = plan.layout
-    groups = axis_groups(plan.cluster, layout.degrees())
-    running = Running(
-        plan.policy.dispatcher,
-        plan.policy.expert_overlap,
-        load_factor(plan, priced, conditions.balanced),
+    groups = axis_groups(plan.cluster, plan.layout.degrees())
+    load = load_factor(plan, priced, conditions.balanced)
+    running = Running(plan.policy.dispatcher, plan.policy.expert_overlap, load)
+    kinds, counts = _kinds(program)
+    ranks = range(plan.layout.pp)
+    sends: list[Mapping[Phase, Array]] = [
+        {send.phase: float(price_collective(send, priced, groups, running)) for send in stage.sends}
+        for stage in program.stages
+    ]
+    return Measured(
+        plan=plan,
+        num_micro_batches=plan.num_micro_batches,
+        running=running,
+        kinds=tuple(kernel_times(block.tasks, priced, groups, running) for block in kinds),
+        counts=counts,
+        sends=tuple(sends),
+        ranks=tuple(tuple(stage.index for stage in program.stages_of(rank)) for rank in ranks),
+        comm=tuple(_comm(program, rank, priced, groups, running) for rank in ranks),
+        optimizer_s=tuple(_optimizer(program, priced, rank) for rank in ranks),
+        model_flops=model_flops(plan, sequence_length or plan.workload.max_sequence_length),
     )
-    stages = _stage_parts(program, priced, groups, running)
-    phases = np.array(
-        [_phase(stages, name)[:, None] for name in ("forward", "input_gradient", "weight_gradient")]
-    )
-    pipe = pipeline_time(plan.policy.schedule, layout.pp, layout.vpp, plan.num_micro_batches, phases)
-    return _whole(program, priced, groups, running, stages, phases, pipe, sequence_length)
 
 
-Parts = dict[Phase, dict[str, float]]
+def _comm(
+    program: Program, rank: int, priced: Prices, groups: Mapping[str, Group], running: Running
+) -> StepComm:
+    return step_comm(program.step[rank], priced, groups, running)
 
 
-def _stage_parts(
-    program: Program, priced: Prices, groups: Mapping[str, Group], running: Running
-) -> list[Parts]:
-    """Seconds by phase and part of each stage for one micro-batch; `pp` is what sending takes."""
-    known: dict[object, BlockTimes] = {}
-    stages: list[Parts] = []
-    for stage in program.stages:
-        total: Parts = {}
+def _kinds(program: Program) -> tuple[list[LoweredBlock], Array]:
+    """The distinct blocks of a program, and how many of each stand in each stage."""
+    index: dict[object, int] = {}
+    blocks: list[LoweredBlock] = []
+    counts = np.zeros((len(program.stages), 0))
+    for position, stage in enumerate(program.stages):
         for block in stage.blocks:
-            key = _kind(program.plan, block)
-            if key not in known:
-                known[key] = price_block(block.tasks, priced, groups, running)
-            for phase, parts in known[key].items():
-                mine = total.setdefault(phase, dict.fromkeys((*PARTS, "pp"), 0.0))
-                for part, seconds in parts.items():
-                    mine[part] += float(seconds)
-        interleaved = program.plan.layout.vpp > 1
-        shown = 1 - (priced.hidden("pipeline") if interleaved else 0.0)
-        for send in stage.sends:
-            total[send.phase]["pp"] += shown * float(price_collective(send, priced, groups, running))
-        stages.append(total)
-    return stages
-
-
-def _kind(plan: Plan, block: LoweredBlock) -> object:
-    if block.name.startswith("layers."):
-        return plan.model.layer_kind(int(block.name.split(".")[1]))
-    return block.name
-
-
-def _phase(stages: list[Parts], name: Phase) -> Array:
-    phases: tuple[Phase, ...] = ("recompute", name) if name == "input_gradient" else (name,)
-    return np.array([sum(sum(stage[phase].values()) for phase in phases) for stage in stages])
-
-
-def _whole(
-    program: Program,
-    priced: Prices,
-    groups: Mapping[str, Group],
-    running: Running,
-    stages: list[Parts],
-    phases: Array,
-    pipe: PipelineTime,
-    sequence_length: int,
-) -> StepTime:
-    plan = program.plan
-    m = plan.num_micro_batches
-    by_rank = [[s.index for s in program.stages_of(rank)] for rank in range(plan.layout.pp)]
-    tails = []
-    for rank, own in enumerate(by_rank):
-        comm = step_comm(program.step[rank], priced, groups, running)
-        backward, forward = float(phases[1:, own].sum()), float(phases[0, own].sum())
-        data = exposed_data(comm, priced, backward, forward, float(pipe.slack_s[rank, 0]))
-        tails.append((float(data), float(comm.other_s), float(_optimizer(program, priced, rank))))
-    data, other, optimizer = max(tails, key=sum)
-    slowest = int(pipe.busy_s[:, 0].argmax())
-    parts = dict.fromkeys((*PARTS, "pp"), 0.0)
-    for index in by_rank[slowest]:
-        for of_phase in stages[index].values():
-            for part, seconds in of_phase.items():
-                parts[part] += m * seconds
-    total = float(pipe.total_s[0])
-    parts["bubble"] = total - sum(parts.values())
-    parts["dp"] += data
-    parts["optimizer"] = optimizer
-    parts["other"] = other + (0.0 if priced.flat else priced.constants.step.value)
-    whole = sum(parts.values())
-    return StepTime(whole, parts, float(pipe.bubble_fraction[0]), model_flops(plan, sequence_length))
+            key: object = block.name
+            if block.name.startswith("layers."):
+                key = program.plan.model.layer_kind(int(block.name.split(".")[1]))
+            if key not in index:
+                index[key] = len(blocks)
+                blocks.append(block)
+                counts = np.hstack([counts, np.zeros((len(program.stages), 1))])
+            counts[position, index[key]] += 1
+    return blocks, counts
 
 
 def _optimizer(program: Program, priced: Prices, rank: int) -> float:
@@ -161,3 +149,71 @@ def _optimizer(program: Program, priced: Prices, rank: int) -> float:
     return float(
         optimizer_seconds(priced, plan.workload.optimizer, plan.workload.compute_bytes, owned, held, width)
     )
+
+
+def compose(measured: Measured, priced: Prices) -> StepTime:
+    """The step time of priced tasks: constants, overlap, pipeline, and the step's own work."""
+    composed = compose_parts(measured, priced)
+    parts = {name: float(seconds[0]) for name, seconds in composed.parts.items()}
+    return StepTime(sum(parts.values()), parts, float(composed.bubble_fraction[0]), measured.model_flops)
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """Step times of N layouts that share schedule, pp and vpp: `parts` as in StepTime, arrays of N."""
+
+    parts: Mapping[str, Array]
+    bubble_fraction: Array
+
+    @property
+    def total_s(self) -> Array:
+        """Seconds of a step."""
+        return sum(self.parts.values())
+
+
+def compose_parts(measured: Measured, priced: Prices) -> Composed:
+    """`compose` for arrays: every number in `measured` may be an array over N layouts."""
+    plan = measured.plan
+    stages = _stages(measured, priced)
+    recompute, whole = MICRO_BATCH_PHASES.index("recompute"), stages.sum(axis=2)
+    phases = np.stack([whole[:, 0], whole[:, recompute] + whole[:, 2], whole[:, 3]])
+    m = measured.num_micro_batches
+    pipe = pipeline_time(plan.policy.schedule, plan.layout.pp, plan.layout.vpp, m, phases)
+    data, other, optimizer = _tail(measured, priced, phases, pipe.slack_s)
+    by_rank = np.stack([stages[list(own)].sum(axis=(0, 1)) for own in measured.ranks])  # rank, part, N
+    slowest = pipe.busy_s.argmax(axis=0)
+    work = m * np.take_along_axis(by_rank, slowest[None, None, :], axis=0)[0]
+    parts = dict(zip(_ROWS, work, strict=True))
+    parts["bubble"] = pipe.total_s - work.sum(axis=0)
+    parts["dp"] = parts["dp"] + data
+    parts["optimizer"] = optimizer
+    parts["other"] = other + (0.0 if priced.flat else priced.constants.step.value)
+    return Composed(parts, pipe.bubble_fraction)
+
+
+def _tail(measured: Measured, priced: Prices, phases: Array, slack_s: Array) -> tuple[Array, Array, Array]:
+    """Data-parallel communication that shows, other communication and the optimizer, on the rank where
+    they take longest together."""
+    rows = []
+    for rank, own in enumerate(measured.ranks):
+        backward, forward = phases[1:, list(own)].sum(axis=(0, 1)), phases[0, list(own)].sum(axis=0)
+        data = exposed_data(measured.comm[rank], priced, backward, forward, slack_s[rank])
+        other, optimizer = measured.comm[rank].other_s, priced.slowdown * measured.optimizer_s[rank]
+        rows.append(np.broadcast_arrays(data, other + 0.0 * data, optimizer + 0.0 * data))
+    tails = np.array(rows)  # rank, what, N
+    longest = tails.sum(axis=1).argmax(axis=0)
+    data, other, optimizer = np.take_along_axis(tails, longest[None, None, :], axis=0)[0]
+    return data, other, optimizer
+
+
+def _stages(measured: Measured, priced: Prices) -> Array:
+    """Seconds by stage, phase, part and layout of one micro-batch."""
+    settled = [block_times(kernels, priced, measured.running) for kernels in measured.kinds]
+    cells = [block[phase][part] for block in settled for phase in MICRO_BATCH_PHASES for part in PARTS]
+    shown = 1 - (priced.hidden("pipeline") if measured.plan.layout.vpp > 1 else 0.0)
+    sends = [shown * of.get(phase, 0.0) for of in measured.sends for phase in MICRO_BATCH_PHASES]
+    flat = np.array(np.broadcast_arrays(*cells, *sends, np.zeros(1))[:-1], dtype=float)
+    shape = (len(settled), len(MICRO_BATCH_PHASES), len(PARTS), flat.shape[-1])
+    stages = np.tensordot(measured.counts, flat[: len(cells)].reshape(shape), axes=1)
+    sent = flat[len(cells) :].reshape(len(measured.sends), len(MICRO_BATCH_PHASES), 1, flat.shape[-1])
+    return np.concatenate([stages, sent], axis=2)

@@ -65,6 +65,6 @@ def optimizer_seconds(
     prices: Prices, optimizer: str, weight_bytes: int, owned: Array, held: Array, gradient_bytes: int
 ) -> Array:
     """Seconds of an update: memory traffic of the `owned` share, and of clearing and norming the `held`
-    gradients, at the memory bandwidth that kernels reach."""
+    gradients, at the memory bandwidth that kernels reach; before any slowdown."""
     moved = owned * (OPTIMIZER_READS_AND_WRITES[optimizer] + weight_bytes) + 2 * held * gradient_bytes
-    return prices.slowdown * moved / prices.memory_bytes_per_s
+    return moved / prices.memory_bytes_per_s

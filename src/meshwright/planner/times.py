@@ -32,12 +32,16 @@ PARTS = ("compute", *AXES, "host")
 _OVERLAPPED_AS = {"tp": "tensor", "etp": "tensor", "cp": "context", "ep": "expert", "dp": "gather"}
 _PRECISE = ("head", ".router", ".shared_gate")
 """Matmuls that fp8 recipes keep in bf16 (Megatron-LM and DeepSeek-V3, arXiv:2412.19437 §3.3.1)."""
+_MATMULS = (OpKind.MATMUL, OpKind.GROUPED_MATMUL)
 _CAST_BYTES = 3
 """Casting one bf16 element to fp8: two bytes read, one written."""
 
 PhaseParts = dict[str, Array]
 BlockTimes = dict[Phase, PhaseParts]
-"""Seconds by phase and part."""
+"""Seconds by phase and part (PARTS): what a block takes inside a step."""
+KernelTimes = dict[Phase, PhaseParts]
+"""Seconds by phase of `compute` (kernels alone), `casts` (casting each fp8 operand once) and communication
+by axis, none of it hidden; and `launches`, how many ops the phase has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,31 +81,42 @@ def axis_groups(cluster: Cluster, degrees: Mapping[str, Array]) -> dict[str, Gro
     }
 
 
-def price_block(
+def kernel_times(
     tasks: Sequence[Task], prices: Prices, groups: Mapping[str, Group], running: Running
-) -> BlockTimes:
-    """Seconds of a block's tasks for one micro-batch, by phase and part.
-
-    Communication of an axis that the era overlaps is exposed by (1 − hidden) of its time, and by what does
-    not fit beside the phase's compute: max((1 − h)·t, t − compute). A phase never ends before its ops are
-    launched: `host` is what launching takes beyond the rest.
-    """
-    times: BlockTimes = {}
+) -> KernelTimes:
+    """What a block's tasks take alone, for one micro-batch, by phase: curves of kernels and links only."""
+    times: KernelTimes = {}
     for phase in MICRO_BATCH_PHASES:
         of_phase = [task for task in tasks if task.phase == phase]
-        compute: Array = 0.0
-        comm: dict[str, Array] = dict.fromkeys(AXES, 0.0)
+        parts: PhaseParts = dict.fromkeys(("compute", "casts", *AXES), 0.0)
         for task in of_phase:
             if isinstance(task, ComputeTask):
-                compute = compute + price_op(task, prices, running)
+                kernel, cast = price_op(task, prices, running)
+                parts["compute"], parts["casts"] = parts["compute"] + kernel, parts["casts"] + cast
             else:
                 axis = "dp" if task.axis in ("dp_cp", "edp") else task.axis
-                comm[axis] = comm[axis] + price_collective(task, prices, groups, running)
+                parts[axis] = parts[axis] + price_collective(task, prices, groups, running)
+        parts["launches"] = len(of_phase)
+        times[phase] = parts
+    return times
+
+
+def block_times(kernels: KernelTimes, prices: Prices, running: Running) -> BlockTimes:
+    """Seconds of a block inside a step: the constants on top of the kernels.
+
+    Compute is slowed down. Communication that the era overlaps is exposed by the share that cannot be hidden,
+    or by what does not fit beside the phase's compute: max((1 − h)·t, t − compute). A phase never ends before
+    its ops are launched: `host` is what launching takes beyond the rest.
+    """
+    fitted = prices.constants
+    times: BlockTimes = {}
+    for phase, of_phase in kernels.items():
+        compute = prices.slowdown * (of_phase["compute"] + fitted.fp8_cast.value * of_phase["casts"])
         parts: PhaseParts = {"compute": compute}
-        for axis, seconds in comm.items():
-            parts[axis] = exposed(seconds, compute, _hidden(axis, prices, running))
+        for axis in AXES:
+            parts[axis] = exposed(of_phase[axis], compute, _hidden(axis, prices, running))
         total = sum(parts.values())
-        parts["host"] = np.maximum(len(of_phase) * prices.host_s - total, 0.0)
+        parts["host"] = np.maximum(of_phase["launches"] * prices.host_s - total, 0.0)
         times[phase] = parts
     return times
 
@@ -117,27 +132,23 @@ def _hidden(axis: str, prices: Prices, running: Running) -> Array:
     return prices.hidden(_OVERLAPPED_AS[axis])
 
 
-def price_op(task: ComputeTask, prices: Prices, running: Running) -> Array:
-    """Seconds of one op: its kernel alone, times the slowdown of kernels inside a step."""
-    sizes, flops, traffic = task.sizes, task.flops, task.traffic_bytes
+def price_op(task: ComputeTask, prices: Prices, running: Running) -> tuple[Array, Array]:
+    """Seconds of one op's kernel alone, and of casting its fp8 operands once."""
+    sizes, flops = task.sizes, task.flops
     if task.kind is OpKind.GROUPED_MATMUL:
         sizes = (sizes[0], sizes[1] * running.load, *sizes[2:])
         flops = flops * running.load
-    rates = prices.precise if task.name.endswith(_PRECISE) else prices.compute
-    if prices.casts and rates is prices.compute and task.kind in (OpKind.MATMUL, OpKind.GROUPED_MATMUL):
-        traffic = traffic + _cast_bytes(task, prices)
-        return prices.slowdown * (
-            compute_seconds(rates, task.kind, task.phase, sizes, flops, task.traffic_bytes)
-            + _cast_bytes(task, prices) / prices.cluster.gpu.memory_bandwidth
-        )
-    return prices.slowdown * compute_seconds(rates, task.kind, task.phase, sizes, flops, traffic)
+    low = prices.casts and task.kind in _MATMULS and not task.name.endswith(_PRECISE)
+    rates = prices.compute if low or task.kind not in _MATMULS else prices.precise
+    kernel = compute_seconds(rates, task.kind, task.phase, sizes, flops, task.traffic_bytes)
+    return kernel, _cast_bytes(task) / prices.memory_bytes_per_s if low else 0.0
 
 
-def _cast_bytes(task: ComputeTask, prices: Prices) -> Array:
+def _cast_bytes(task: ComputeTask) -> Array:
     """Memory traffic of casting a matmul's operands: its input forward, the output's gradient backward."""
     m, n, k = task.sizes[-3:]
     width = {"forward": k, "recompute": k, "input_gradient": n}.get(task.phase, 0)
-    return prices.constants.fp8_cast.value * _CAST_BYTES * m * width
+    return _CAST_BYTES * m * width
 
 
 def price_collective(task: CommTask, prices: Prices, groups: Mapping[str, Group], running: Running) -> Array:
