@@ -86,9 +86,11 @@ class Layout(Noun):
         return self.pp * self.vpp
 
     def size(self, axis: str) -> int:
-        """Ranks along an axis; `dp_cp` is the data axis that replicates dense parameters."""
+        """Ranks along an axis; `dp_cp` is the data axis that replicates dense parameters, `world` all."""
         if axis == "dp_cp":
             return self.dp * self.cp
+        if axis == "world":
+            return self.world_size
         if axis not in ("tp", "cp", "dp", "pp", "vpp", "ep", "etp", "edp"):
             raise KeyError(axis)
         return int(getattr(self, axis))

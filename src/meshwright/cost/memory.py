@@ -2,52 +2,51 @@
 
 Model states follow Rajbhandari et al. (arXiv:1910.02054 §3.1), divided over dp·cp for dense parameters and
 over edp for routed experts. Activations follow the pipeline order action by action: peak = states +
-what is held in flight + what one backward pass needs on top.
+what is held in flight + what one backward pass needs on top. The arithmetic of every line stands in
+`cost/parts.py`, which a search over many layouts shares.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import ceil
 
-from meshwright.cluster import LOCAL_GPU
-from meshwright.engines import engine_named
-from meshwright.ir.graph import OpKind
+from meshwright.cost.parts import (
+    STATES,
+    BlockBytes,
+    Setting,
+    StateBytes,
+    block_bytes,
+    bucket_bytes,
+    context_bytes,
+    gathered_bytes,
+    slack_bytes,
+    states,
+    transient_bytes,
+    whole_copies,
+)
+from meshwright.ir.holding import Holding, holding
+from meshwright.ir.in_flight import peak_of_rank
 from meshwright.ir.parameters import Param
 from meshwright.ir.program import LoweredBlock, Program, StageProgram
-from meshwright.ir.schedule import ActivationPeak, live_at_peak
-from meshwright.ir.sharding import local_numel, zero_degree
-from meshwright.ir.step import reduces_each_micro_batch
-from meshwright.ir.tasks import CommTask, ComputeTask
+from meshwright.ir.schedule import ActivationPeak
 from meshwright.plan import Plan
 
-LOGITS = ("head.logits", "head.probabilities")
-STATES = ("weights", "gradients", "optimizer states")
-ADAM_STATE_BYTES = 8
-CPU_CONTEXT_BYTES = 250_000_000
+__all__ = [
+    "STATES",
+    "MemoryLine",
+    "RankMemory",
+    "StateBytes",
+    "held_params",
+    "memory",
+    "rank_memory",
+    "state_bytes",
+    "state_parts",
+    "state_widths",
+    "worst",
+]
+
 CPU_CONTEXT_SOURCE = "assumed: Python, torch and gloo in a process of its own"
-MASTER_BYTES = 4
-ACTIVE_STAGES = 3
-"""Stages of a rank that PyTorch keeps gathered at most (torch 2.13, pipelining/schedules.py:
-`_add_unshard_reshard`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class StateBytes:
-    """Bytes of one model state on a rank: kept whole, and kept as this rank's share under ZeRO."""
-
-    whole: int = 0
-    divided: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.whole + self.divided
-
-    def __add__(self, other: StateBytes) -> StateBytes:
-        return StateBytes(self.whole + other.whole, self.divided + other.divided)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,8 @@ class RankMemory:
 
 def memory(program: Program) -> tuple[RankMemory, ...]:
     """Peak memory of every pipeline rank of a program."""
-    return tuple(rank_memory(program, rank) for rank in range(program.plan.layout.pp))
+    blocks = _Blocks(program)
+    return tuple(_rank_memory(blocks, rank) for rank in range(program.plan.layout.pp))
 
 
 def worst(ranks: tuple[RankMemory, ...]) -> RankMemory:
@@ -91,70 +91,83 @@ def worst(ranks: tuple[RankMemory, ...]) -> RankMemory:
 
 def rank_memory(program: Program, pp_rank: int) -> RankMemory:
     """Peak memory of one pipeline rank."""
+    return _rank_memory(_Blocks(program), pp_rank)
+
+
+class _Blocks:
+    """The bytes of a program's blocks and the parameters of its layers, each kind counted once."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.setting = Setting.of(program.plan)
+        self.bytes: dict[object, BlockBytes] = {}
+        self.holdings: dict[object, Holding] = {}
+
+    def kind(self, name: str) -> object:
+        """What a block's bytes and a parameter's owner depend on: the kind of a layer, or the name."""
+        words = name.split(".")
+        return self.program.plan.model.layer_kind(int(words[1])) if words[0] == "layers" else words[0]
+
+    def of(self, block: LoweredBlock) -> BlockBytes:
+        """The bytes of a block."""
+        kind = self.kind(block.name)
+        if kind not in self.bytes:
+            self.bytes[kind] = block_bytes(block, self.program.plan.workload.compute_bytes)
+        return self.bytes[kind]
+
+    def held(self, params: Iterable[Param]) -> tuple[Holding, int]:
+        """What a rank holds of distinct parameters, and the elements of the largest block among them."""
+        owners: dict[str, list[Param]] = {}
+        for param in params:
+            words = param.name.split(".")
+            owners.setdefault(".".join(words[:2]) if words[0] == "layers" else words[0], []).append(param)
+        total, largest = Holding(), 0
+        for owner, own in owners.items():
+            kind = self.kind(owner)
+            if kind not in self.holdings:
+                self.holdings[kind] = holding(own, self.program.plan.layout)
+            total += self.holdings[kind]
+            largest = max(largest, self.holdings[kind].total)
+        return total, largest
+
+
+def _rank_memory(blocks: _Blocks, pp_rank: int) -> RankMemory:
+    program, setting = blocks.program, blocks.setting
     stages = program.stages_of(pp_rank)
-    peak = _peak(program, pp_rank)
+    peak = _peak(blocks, pp_rank)
+    held, largest = blocks.held(held_params(stages).values())
     lines = [
-        *_states(program, stages),
-        *_held(program, stages, peak),
-        *_transient(program, stages),
-        *_buffers(program, stages),
+        *_states(setting, program.plan, held),
+        *_held(blocks, stages, peak),
+        *_transient(blocks, stages),
+        *_buffers(blocks, stages, largest),
     ]
-    engine = program.engine
     dynamic = sum(line.bytes for line in lines if line.name not in STATES)
-    slack = round(dynamic * engine.slack.value)
-    share = f"{100 * engine.slack.value:g}% of activations and buffers"
-    lines.append(
-        MemoryLine("allocator slack", slack, f"{share}; {engine.slack.source}", engine.slack.is_assumed)
-    )
-    lines.append(_context(program))
+    fact = program.engine.slack
+    share = f"{100 * fact.value:g}% of activations and buffers"
+    slack = slack_bytes(setting, dynamic)
+    lines.append(MemoryLine("allocator slack", slack, f"{share}; {fact.source}", fact.is_assumed))
+    lines.append(_context(setting))
     kept = tuple(line for line in lines if line.bytes)
     return RankMemory(pp_rank, tuple(stage.index for stage in stages), kept, peak.num_in_flight)
 
 
-def _context(program: Program) -> MemoryLine:
+def _context(setting: Setting) -> MemoryLine:
     """What the runtime holds before the model: a CUDA context on a GPU, a Python process on a CPU."""
-    if program.plan.cluster.gpu.name == LOCAL_GPU:
-        return MemoryLine("runtime context", CPU_CONTEXT_BYTES, CPU_CONTEXT_SOURCE, True)
-    fact = program.engine.context
-    return MemoryLine("runtime context", fact.value, fact.source, fact.is_assumed)
+    size, fact = context_bytes(setting), setting.engine.context
+    if setting.is_local:
+        return MemoryLine("runtime context", size, CPU_CONTEXT_SOURCE, True)
+    return MemoryLine("runtime context", size, fact.source, fact.is_assumed)
 
 
 def state_widths(plan: Plan) -> dict[str, int]:
-    """Bytes per parameter of each state: weight (compute type, or FP32 where the engine keeps masters in
-    place), gradient, and for AdamW two FP32 moments plus in mixed precision an FP32 master."""
-    engine = engine_named(plan.policy.engine)
-    in_place = engine.master_in_parameter.value
-    master = MASTER_BYTES if plan.workload.has_master_weights and not in_place else 0
-    moments = ADAM_STATE_BYTES if plan.workload.optimizer == "adamw" else 0
-    weight = MASTER_BYTES if in_place else plan.workload.compute_bytes
-    widths = (weight, engine.gradient_bytes.value, master + moments)
-    return dict(zip(STATES, widths, strict=True))
+    """Bytes per parameter of each state."""
+    return Setting.of(plan).widths()
 
 
 def state_parts(plan: Plan, params: Mapping[str, Param]) -> dict[str, StateBytes]:
-    """Weights, gradients and optimizer states of one rank, by what ZeRO divides and what stays whole.
-
-    ZeRO 1 divides optimizer states, 2 also gradients, 3 also weights. Gradients that add up over
-    micro-batches before one reduction are whole until then, whatever the stage (see `divides_gradients`). An
-    engine that keeps masters in its parameters divides those always, and below ZeRO-3 keeps the gathered copy
-    in the compute type between forward and backward.
-    """
-    zero, in_place = plan.policy.zero_stage, engine_named(plan.policy.engine).master_in_parameter.value
-    widths = state_widths(plan)
-    divided = {
-        "weights": zero == 3 or in_place,
-        "gradients": divides_gradients(plan),
-        "optimizer states": zero >= 1,
-    }
-    parts = dict.fromkeys(STATES, StateBytes())
-    for param in params.values():
-        whole = local_numel(param, plan.layout)
-        share = ceil(whole / zero_degree(param, plan.layout))
-        for name, width in widths.items():
-            parts[name] += StateBytes(divided=share * width) if divided[name] else StateBytes(whole * width)
-        if in_place and zero < 3:
-            parts["weights"] += StateBytes(whole * plan.workload.compute_bytes)
-    return parts
+    """Weights, gradients and optimizer states of one rank, by what ZeRO divides and what stays whole."""
+    return states(Setting.of(plan), holding(params.values(), plan.layout), plan.num_micro_batches)
 
 
 def state_bytes(plan: Plan, params: Mapping[str, Param]) -> dict[str, int]:
@@ -162,52 +175,43 @@ def state_bytes(plan: Plan, params: Mapping[str, Param]) -> dict[str, int]:
     return {name: part.total for name, part in state_parts(plan, params).items()}
 
 
-def divides_gradients(plan: Plan) -> bool:
-    """Whether a rank keeps only its share of the gradients: under ZeRO-2 and 3, where the backward that makes
-    them reduces them too. A pipeline adds them up whole, and reduces after its last backward."""
-    if plan.policy.zero_stage < 2 or plan.layout.pp > 1:
-        return False
-    return plan.num_micro_batches == 1 or reduces_each_micro_batch(plan)
-
-
 def held_params(stages: tuple[StageProgram, ...]) -> dict[str, Param]:
     """The distinct parameters of a rank: a tied embedding that stands in two of its stages counts once."""
     return {param.name: param for stage in stages for param in stage.params}
 
 
-def _states(program: Program, stages: tuple[StageProgram, ...]) -> Iterator[MemoryLine]:
-    plan = program.plan
-    zero = plan.policy.zero_stage
-    totals = state_bytes(plan, held_params(stages))
-    in_place = program.engine.master_in_parameter.value
+def _states(setting: Setting, plan: Plan, held: Holding) -> Iterator[MemoryLine]:
+    zero, count = setting.zero_stage, plan.num_micro_batches
+    in_place = setting.masters_in_place
     whole = "FP32 masters divided, the gathered copy whole" if in_place else f"whole under ZeRO-{zero}"
     kept = {
         "weights": "divided by ZeRO-3" if zero == 3 else whole,
         "gradients": f"divided by ZeRO-{zero} in every backward"
-        if divides_gradients(plan)
+        if setting.divides_gradients(count)
         else "whole until the step's one reduction",
         "optimizer states": f"divided by ZeRO-{zero}" if zero else "whole without ZeRO",
     }
-    for name, size in totals.items():
-        yield MemoryLine(name, size, kept[name])
+    for name, part in states(setting, held, count).items():
+        yield MemoryLine(name, part.total, kept[name])
 
 
-def _peak(program: Program, pp_rank: int) -> ActivationPeak:
-    forward = [sum(block.saved_bytes for block in stage.blocks) for stage in program.stages]
-    deferred = [sum(block.deferred_bytes for block in stage.blocks) for stage in program.stages]
-    return live_at_peak(program.schedule, pp_rank, forward, deferred)
+def _peak(blocks: _Blocks, pp_rank: int) -> ActivationPeak:
+    plan, stages = blocks.program.plan, blocks.program.stages
+    forward = [sum(blocks.of(block).saved for block in stage.blocks) for stage in stages]
+    deferred = [sum(blocks.of(block).deferred for block in stage.blocks) for stage in stages]
+    layout, count = plan.layout, plan.num_micro_batches
+    return peak_of_rank(plan.policy.schedule, layout.pp, layout.vpp, count, pp_rank, forward, deferred)
 
 
-def _held(program: Program, stages: tuple[StageProgram, ...], peak: ActivationPeak) -> Iterator[MemoryLine]:
+def _held(blocks: _Blocks, stages: tuple[StageProgram, ...], peak: ActivationPeak) -> Iterator[MemoryLine]:
     by_index = {stage.index: stage for stage in stages}
     activations = logits = deferred = 0
     for index, held, waiting in zip(peak.stages, peak.forward_held, peak.weight_held, strict=True):
-        for block in by_index[index].blocks:
-            of_logits = sum(size for name, (size, _) in block.saved.items() if name in LOGITS)
-            activations += held * (block.saved_bytes - of_logits)
-            logits += held * of_logits
-            deferred += waiting * block.deferred_bytes
-    policy = program.plan.policy
+        for block in map(blocks.of, by_index[index].blocks):
+            activations += held * (block.saved - block.logits)
+            logits += held * block.logits
+            deferred += waiting * block.deferred
+    policy = blocks.program.plan.policy
     one, many = ("micro-batch", "micro-batches") if len(stages) == 1 else ("chunk", "chunks")
     unit = one if peak.num_in_flight == 1 else many
     why = f"{peak.num_in_flight} {unit} in flight under {policy.schedule}, recompute {policy.recompute}"
@@ -216,94 +220,29 @@ def _held(program: Program, stages: tuple[StageProgram, ...], peak: ActivationPe
     yield MemoryLine("deferred weight gradients", deferred, "inputs and output gradients that wait for W")
 
 
-def _transient(program: Program, stages: tuple[StageProgram, ...]) -> Iterator[MemoryLine]:
-    blocks = [block for stage in stages for block in stage.blocks]
-    remade = max(sum(s for s, _ in b.saved_without_recompute.values()) - b.saved_bytes for b in blocks)
+def _transient(blocks: _Blocks, stages: tuple[StageProgram, ...]) -> Iterator[MemoryLine]:
+    own = {id(b): b for b in (blocks.of(block) for stage in stages for block in stage.blocks)}
+    remade, gradients, exchanged = transient_bytes(own.values())
     why = "assumed: one layer at a time, made again in backward"
-    yield MemoryLine("recomputed activations", max(0, remade), why, True)
-    unit = program.plan.workload.compute_bytes
-    yield MemoryLine(
-        "activation gradients",
-        max(_gradient_bytes(block, unit) for block in blocks),
-        "assumed: no more than the largest op's output and input gradients at once",
-        True,
-    )
+    yield MemoryLine("recomputed activations", remade, why, True)
+    why = "assumed: no more than the largest op's output and input gradients at once"
+    yield MemoryLine("activation gradients", gradients, why, True)
+    why = "assumed: both sides of the largest exchange"
+    yield MemoryLine("expert dispatch buffers", exchanged, why, True)
 
 
-def _gradient_bytes(block: LoweredBlock, unit: int) -> int:
-    largest = 0
-    for task in block.tasks:
-        if isinstance(task, ComputeTask) and task.phase == "forward":
-            largest = max(largest, _op_gradient_bytes(task, unit))
-    return largest
-
-
-def _op_gradient_bytes(task: ComputeTask, unit: int) -> int:
-    sizes = task.sizes
-    match task.kind:
-        case OpKind.MATMUL | OpKind.GROUPED_MATMUL:
-            m, n, k = sizes[-3:]
-            return m * (n + k) * unit
-        case OpKind.ATTENTION:
-            batch, heads, queries, keys, qk_dim, v_dim = sizes
-            return batch * heads * (queries * (qk_dim + v_dim) + keys * (qk_dim + v_dim)) * unit
-        case OpKind.LOSS:  # FP32: the gradient of the log-probabilities and that of the logits
-            return sizes[0] * sizes[1] * 8
-        case _:
-            return 2 * sizes[0] * sizes[1] * unit
-
-
-def _buffers(program: Program, stages: tuple[StageProgram, ...]) -> Iterator[MemoryLine]:
-    plan = program.plan
+def _buffers(blocks: _Blocks, stages: tuple[StageProgram, ...], largest: int) -> Iterator[MemoryLine]:
+    setting, layout = blocks.setting, blocks.program.plan.layout
     sends = sum(task.bytes for stage in stages for task in stage.sends)
-    yield MemoryLine(
-        "pipeline buffers", 2 * sends, "assumed: one send and one receive buffer per neighbour", True
-    )
-    comms = [task for stage in stages for task in stage.tasks() if isinstance(task, CommTask)]
-    exchanged = max((task.bytes for task in comms if task.axis in ("ep", "etp")), default=0)
-    yield MemoryLine(
-        "expert dispatch buffers", 2 * exchanged, "assumed: both sides of the largest exchange", True
-    )
-    largest = _largest_block(plan, stages)
-    if plan.policy.zero_stage == 3:
-        yield _gathered(plan, stages, largest)
-    if plan.layout.size("dp_cp") > 1 and plan.policy.zero_stage >= 2:
-        width = program.engine.gradient_bytes.value
-        why = "assumed: one block's gradients while they are divided"
-        yield MemoryLine("gradient bucket", largest * width, why, True)
-
-
-def _gathered(plan: Plan, stages: tuple[StageProgram, ...], largest: int) -> MemoryLine:
-    """What ZeRO-3 keeps whole beside the shares, in the compute type.
-
-    Alone, a rank gathers block by block. Under a pipeline PyTorch calls `set_reshard_after_backward(False)`
-    (torch 2.13, pipelining/stage.py, backward_maybe_with_nosync): what a backward has gathered stays until
-    the next forward of the stage divides it again.
-    """
-    name, width = "gathered parameters", plan.workload.compute_bytes
-    if plan.layout.pp == 1:
-        why = "assumed: the block at work and the next one, whole"
-        return MemoryLine(name, 2 * largest * width, why, True)
-    sizes = sorted(
-        sum(local_numel(p, plan.layout) for p in held_params((stage,)).values() if _is_gathered(plan, p))
-        for stage in stages
-    )
-    why = "whole from a backward to the stage's next forward: pipelining keeps ZeRO-3 from dividing them"
-    return MemoryLine(name, sum(sizes[-ACTIVE_STAGES:]) * width, why)
-
-
-def _is_gathered(plan: Plan, param: Param) -> bool:
-    """Whether a whole copy stands beside the share: not where the share is all, in the compute type."""
-    cast = engine_named(plan.policy.engine).master_in_parameter.value
-    return cast or zero_degree(param, plan.layout) > 1
-
-
-def _largest_block(plan: Plan, stages: tuple[StageProgram, ...]) -> int:
-    """Most local parameters that one block of a rank has: a layer, the embedding, or the head."""
-    sizes: Counter[str] = Counter()
-    for stage in stages:
-        for param in stage.params:
-            words = param.name.split(".")
-            block = ".".join(words[:2]) if words[0] == "layers" else words[0]
-            sizes[block] += local_numel(param, plan.layout)
-    return max(sizes.values())
+    why = "assumed: one send and one receive buffer per neighbour"
+    yield MemoryLine("pipeline buffers", 2 * sends, why, True)
+    dp_cp, edp = layout.size("dp_cp"), layout.edp
+    whole = [
+        whole_copies(setting, blocks.held(held_params((stage,)).values())[0], dp_cp, edp) for stage in stages
+    ]
+    alone = "assumed: the block at work and the next one, whole"
+    kept = "whole from a backward to the stage's next forward: pipelining keeps ZeRO-3 from dividing them"
+    size = gathered_bytes(setting, largest, whole)
+    yield MemoryLine("gathered parameters", size, alone if setting.pp == 1 else kept, setting.pp == 1)
+    why = "assumed: one block's gradients while they are divided"
+    yield MemoryLine("gradient bucket", bucket_bytes(setting, largest, dp_cp), why, True)

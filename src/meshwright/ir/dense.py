@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from meshwright.engines import Engine
+from meshwright.ir.elementwise import is_one
 from meshwright.ir.graph import Collective, CollectiveKind, Dim, Node, Op, OpKind, Saved
 from meshwright.model import Model
 from meshwright.policy import Dispatcher
@@ -36,7 +37,7 @@ class Shape:
     @property
     def gathers_sequence(self) -> bool:
         """Whether a tensor-parallel region takes its input from several ranks' shares of the tokens."""
-        return self.sequence_parallel and not (isinstance(self.tp, int) and self.tp == 1)
+        return self.sequence_parallel and not is_one(self.tp)
 
     @property
     def tokens(self) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import ceil, comb
+from math import comb
 
 from meshwright.ir.dense import Shape, activation, matmul, mlp, norm_op
+from meshwright.ir.elementwise import rounded_up
 from meshwright.ir.graph import Collective, CollectiveKind, Dim, Node, Op, OpKind, Saved
 from meshwright.model import Model
 
@@ -85,12 +86,7 @@ def routed_tokens(model: Model, shape: Shape) -> int:
     if model.router.type == "gshard_top2":
         return 2 * -(-shape.tokens // model.num_experts) * model.num_experts
     factor = model.router.capacity_factor
-    return even if factor is None else _whole(even * min(1.0, factor))
-
-
-def _whole(tokens: float) -> int:
-    """Rounded up; elementwise."""
-    return ceil(tokens) if isinstance(tokens, float) else -(-tokens // 1)
+    return even if factor is None else rounded_up(even * min(1.0, factor))
 
 
 def distinct_ranks(num_experts: int, top_k: int, ep: int) -> float:
@@ -108,7 +104,7 @@ def _sent(model: Model, shape: Shape) -> Dim:
         share = (
             distinct_ranks(model.num_experts, model.num_experts_per_tok, shape.ep) / model.num_experts_per_tok
         )
-        copies = _whole(copies * min(1.0, share))
+        copies = rounded_up(copies * min(1.0, share))
     return Dim("sent", copies, ("cp", "sp"))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from meshwright.engines import Engine
+from meshwright.ir.elementwise import is_nothing, is_one
 from meshwright.ir.graph import (
     Block,
     Collective,
@@ -122,13 +123,13 @@ def _compute_tasks(op: Op, degrees: Degrees) -> Iterator[ComputeTask]:
     sizes = tuple(dim.local(degrees) for dim in op.dims)
     work, moved = flops(op, degrees), traffic(op, degrees)
     for phase in PHASES:
-        if not _is_nothing(getattr(moved, phase)):
+        if not is_nothing(getattr(moved, phase)):
             yield ComputeTask(op.name, phase, op.kind, sizes, getattr(work, phase), getattr(moved, phase))
 
 
 def _comm_tasks(node: Collective, degrees: Degrees) -> Iterator[CommTask]:
     ranks = degrees[node.axis]
-    if _is_one(ranks):
+    if is_one(ranks):
         return
     size = node.local_bytes(degrees)
     phases: tuple[tuple[Phase, CollectiveKind | None], ...] = (
@@ -149,7 +150,7 @@ def parameter_gathers(
     held = [param for param in params if param.name in named]
     for axis, name, expert in (("dp_cp", "dense", False), ("edp", "experts", True)):
         own = [param for param in held if param.is_expert is expert]
-        if not own or _is_one(zero_degree(own[0], sizes)):
+        if not own or is_one(zero_degree(own[0], sizes)):
             continue
         size = sum(local_numel(param, sizes) for param in own) * element_bytes
         for phase in phases:
@@ -166,16 +167,7 @@ def gradient_reductions(
     for axis, name, expert in (("dp_cp", "dense", False), ("edp", "experts", True)):
         mine = [param for param in own if param.is_expert is expert]
         ranks = sizes.size(axis)
-        if mine and not _is_one(ranks):
+        if mine and not is_one(ranks):
             size = sum(local_numel(param, sizes) for param in mine) * element_bytes
             kind = CollectiveKind.REDUCE_SCATTER
             yield CommTask(f"{block}.reduce_{name}", "weight_gradient", kind, axis, ranks, size)
-
-
-def _is_one(ranks: int) -> bool:
-    """Whether this is the number one; an array never is, whatever it holds."""
-    return isinstance(ranks, int) and ranks == 1
-
-
-def _is_nothing(amount: int) -> bool:
-    return isinstance(amount, int) and amount == 0

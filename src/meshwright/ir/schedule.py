@@ -20,6 +20,7 @@ from meshwright.ir.orders import Action, ActionKind
 from meshwright.policy import CHUNKED_SCHEDULES, SCHEDULES, V_SCHEDULES, ScheduleName
 
 __all__ = [
+    "HELD_CHANGES",
     "Action",
     "ActionKind",
     "ActivationPeak",
@@ -32,6 +33,7 @@ __all__ = [
     "check",
     "default_chunks",
     "live_at_peak",
+    "order_of_rank",
     "peak_in_flight",
     "rank_of",
     "require_buildable",
@@ -42,7 +44,7 @@ __all__ = [
 Span = tuple[float, float]
 """Start and end of one action, in the unit of the durations it was computed from."""
 
-_HELD_CHANGES = {
+HELD_CHANGES = {
     ActionKind.FORWARD: (1, 0),
     ActionKind.BACKWARD: (-1, 0),
     ActionKind.INPUT_GRADIENT: (-1, 1),
@@ -191,7 +193,7 @@ def build_schedule(
 @lru_cache(maxsize=4)
 def _built(name: ScheduleName, num_ranks: int, num_micro_batches: int, chunks: int) -> Schedule:
     ranks = range(num_ranks)
-    by_rank = [_order(name, rank, num_ranks, chunks, num_micro_batches) for rank in ranks]
+    by_rank = [order_of_rank(name, rank, num_ranks, chunks, num_micro_batches) for rank in ranks]
     if name == "InterleavedZeroBubble":
         by_rank = orders.delay_early_forwards(by_rank)
     return Schedule(
@@ -206,9 +208,10 @@ def _built(name: ScheduleName, num_ranks: int, num_micro_batches: int, chunks: i
     )
 
 
-def _order(
+def order_of_rank(
     name: ScheduleName, rank: int, num_ranks: int, chunks: int, num_micro_batches: int
 ) -> orders.Order:
+    """One rank's order; InterleavedZeroBubble's lacks the idle slots of `orders.delay_early_forwards`."""
     match name:
         case "GPipe":
             return orders.gpipe(rank, num_micro_batches)
@@ -380,7 +383,7 @@ def live_at_peak(
     peak = ActivationPeak(rank, 0, 0, stages, tuple(forward_held), tuple(weight_held))
     for slot, action in enumerate(schedule.orders[rank]):
         for part in action.simple_actions if action is not None else ():
-            forward_change, weight_change = _HELD_CHANGES[part.kind]
+            forward_change, weight_change = HELD_CHANGES[part.kind]
             chunk = chunk_of_stage[part.stage]
             forward_held[chunk] += forward_change
             weight_held[chunk] += weight_change

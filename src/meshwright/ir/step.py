@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from meshwright.engines import Engine, engine_named
+from meshwright.ir.elementwise import is_everywhere_nothing, is_one
 from meshwright.ir.graph import CollectiveKind
+from meshwright.ir.holding import Holding, holding
 from meshwright.ir.parameters import Param, embedding_parameters
-from meshwright.ir.sharding import local_numel
+from meshwright.ir.sharding import AxisSizes, local_numel
 from meshwright.ir.tasks import CommTask, Phase
+from meshwright.model import Model
 from meshwright.plan import Plan
 from meshwright.policy import ZeroStage
+from meshwright.workload import Workload
 
 
 def reduces_each_micro_batch(plan: Plan) -> bool:
@@ -43,88 +48,113 @@ def phases_that_gather(engine: Engine, zero_stage: ZeroStage, pp: int) -> tuple[
     return ("forward",) if in_place and reduces_in_backward(engine, zero_stage, pp) else ()
 
 
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """What a step's communication depends on beside the parameters that a rank holds."""
+
+    model: Model
+    engine: Engine
+    workload: Workload
+    zero_stage: ZeroStage
+    sequence_parallel: bool
+    pp: int
+    sizes: AxisSizes
+
+    def ranks(self, axis: str) -> int:
+        """Ranks along an axis."""
+        return self.pp if axis == "pp" else self.sizes.size(axis)
+
+
 def step_tasks(plan: Plan, params: list[Param], has_embedding: bool, has_head: bool) -> Iterator[CommTask]:
     """What one rank communicates once per step, given the parameters that it holds."""
-    yield from _partial_gradients(plan, params)
-    yield from _tied_embedding(plan, has_embedding, has_head)
-    yield from _data_parallel(plan, params)
-    yield from _expert_counts(plan, params)
-    yield from _scalars(plan, params)
+    facts = StepFacts(
+        plan.model,
+        engine_named(plan.policy.engine),
+        plan.workload,
+        plan.policy.zero_stage,
+        plan.policy.sequence_parallel,
+        plan.layout.pp,
+        plan.layout,
+    )
+    yield from communication(facts, holding(params, plan.layout), has_embedding, has_head)
 
 
-def _partial_gradients(plan: Plan, params: list[Param]) -> Iterator[CommTask]:
+def communication(facts: StepFacts, held: Holding, has_embedding: bool, has_head: bool) -> Iterator[CommTask]:
+    """The same from what a rank holds. Elementwise, for layouts that agree on whether heads are replicated
+    over tp; with arrays, axes of one rank are not left out, and cost nothing."""
+    yield from _partial_gradients(facts, held)
+    yield from _tied_embedding(facts, has_embedding, has_head)
+    yield from _data_parallel(facts, held)
+    yield from _expert_counts(facts, held)
+    yield from _scalars(facts, held)
+
+
+def _partial_gradients(facts: StepFacts, held: Holding) -> Iterator[CommTask]:
     """Gradients that are partial sums: over tp those of norms and router (each rank saw its share of the
     tokens) and of norms shared by heads; over the ranks of tp that hold the same key-value heads; over etp
     those of the experts' output biases."""
-    layout, sequence = plan.layout, plan.policy.sequence_parallel
-    width = engine_named(plan.policy.engine).gradient_bytes.value
-    partial = [p for p in params if p.partial_over_tp and (sequence or p.shared_by_heads)]
-    replicated = [p for p in params if p.blocks is not None and layout.tp > p.blocks]
-    uncut = [p for p in params if p.is_expert and "etp" not in p.shard]
-    for name, axis, ranks, reduced in (
-        ("partial", "tp", layout.tp, partial),
-        ("replicated_heads", "tp", layout.tp // plan.model.kv_heads, replicated),
-        ("expert_biases", "etp", layout.etp, uncut),
+    width, tp = facts.engine.gradient_bytes.value, facts.ranks("tp")
+    partial = held.partial if facts.sequence_parallel else held.partial_by_heads
+    for name, axis, ranks, elements in (
+        ("partial", "tp", tp, partial),
+        ("replicated_heads", "tp", tp // facts.model.kv_heads, held.replicated),
+        ("expert_biases", "etp", facts.ranks("etp"), held.uncut),
     ):
-        size = sum(local_numel(p, layout) for p in reduced) * width
-        if size and ranks > 1:
+        if not is_everywhere_nothing(elements) and not is_one(ranks):
+            size = elements * width
             yield CommTask(f"gradients.{name}", "step", CollectiveKind.ALL_REDUCE, axis, ranks, size)
 
 
-def _tied_embedding(plan: Plan, has_embedding: bool, has_head: bool) -> Iterator[CommTask]:
+def _tied_embedding(facts: StepFacts, has_embedding: bool, has_head: bool) -> Iterator[CommTask]:
     """First and last stage hold copies of a tied embedding and add up their gradients."""
-    if not plan.model.tie_word_embeddings or has_embedding == has_head:
+    if not facts.model.tie_word_embeddings or has_embedding == has_head:
         return
-    table = next(iter(embedding_parameters(plan.model)))
-    size = local_numel(table, plan.layout) * engine_named(plan.policy.engine).gradient_bytes.value
+    table = next(iter(embedding_parameters(facts.model)))
+    size = local_numel(table, facts.sizes) * facts.engine.gradient_bytes.value
     yield CommTask("gradients.tied_embedding", "step", CollectiveKind.ALL_REDUCE, "embedding", 2, size)
 
 
-def _data_parallel(plan: Plan, params: list[Param]) -> Iterator[CommTask]:
+def _data_parallel(facts: StepFacts, held: Holding) -> Iterator[CommTask]:
     """Gradients over the data axes where no backward has reduced them: all-reduced without ZeRO, else
     reduce-scattered. Under ZeRO 1 and 2 the updated parameters are gathered again, where no forward does
     (Rajbhandari et al., arXiv:1910.02054 §7)."""
-    engine = engine_named(plan.policy.engine)
-    for axis, expert in (("dp_cp", False), ("edp", True)):
-        ranks = plan.layout.size(axis)
-        held = sum(local_numel(p, plan.layout) for p in params if p.is_expert is expert)
-        if ranks == 1 or held == 0:
+    zero, engine = facts.zero_stage, facts.engine
+    for axis, name, elements in (("dp_cp", "dense", held.dense), ("edp", "experts", held.experts)):
+        ranks = facts.ranks(axis)
+        if is_one(ranks) or is_everywhere_nothing(elements):
             continue
-        zero = plan.policy.zero_stage
         kind = CollectiveKind.REDUCE_SCATTER if zero else CollectiveKind.ALL_REDUCE
-        name = "experts" if expert else "dense"
-        if not reduces_each_micro_batch(plan):
-            size = held * engine.gradient_bytes.value
+        if not reduces_in_backward(engine, zero, facts.pp):
+            size = elements * engine.gradient_bytes.value
             yield CommTask(f"gradients.{name}", "step", kind, axis, ranks, size)
-        if zero in (1, 2) and not gather_phases(plan):
-            size = held * plan.workload.compute_bytes
+        if zero in (1, 2) and not phases_that_gather(engine, zero, facts.pp):
+            size = elements * facts.workload.compute_bytes
             yield CommTask(f"parameters.{name}", "step", CollectiveKind.ALL_GATHER, axis, ranks, size)
 
 
-def _expert_counts(plan: Plan, params: list[Param]) -> Iterator[CommTask]:
+def _expert_counts(facts: StepFacts, held: Holding) -> Iterator[CommTask]:
     """Tokens per expert and layer over the whole batch, from which a correction bias is moved (DeepSeek-V3,
     arXiv:2412.19437 §2.1.2; Megatron-LM `finalize_model_grads.py`, over tp·cp·dp)."""
-    routers = sum(param.part == "router" and len(param.shape) == 2 for param in params)
-    if not plan.model.router.correction_bias or not routers:
+    if not facts.model.router.correction_bias or not held.routers:
         return
-    size = 4 * routers * plan.model.num_experts
+    size = 4 * held.routers * facts.model.num_experts
     for axis in ("tp", "dp_cp"):
-        if plan.layout.size(axis) > 1:
-            ranks = plan.layout.size(axis)
+        ranks = facts.ranks(axis)
+        if not is_one(ranks):
             yield CommTask(f"experts.counts_{axis}", "step", CollectiveKind.ALL_REDUCE, axis, ranks, size)
 
 
-def _scalars(plan: Plan, params: list[Param]) -> Iterator[CommTask]:
+def _scalars(facts: StepFacts, held: Holding) -> Iterator[CommTask]:
     """The global token count, and the gradient norm: squares add up over each axis that divides
     gradients."""
-    layout = plan.layout
-    if layout.size("dp_cp") > 1:
-        yield CommTask("loss.tokens", "step", CollectiveKind.ALL_REDUCE, "dp_cp", layout.size("dp_cp"), 8)
-    axes = ["tp", *(["dp_cp"] if plan.policy.zero_stage else [])]
-    if any(param.is_expert for param in params):
-        axes += ["etp", "ep", *(["edp"] if plan.policy.zero_stage else [])]
-    for axis in (*axes, "pp"):
-        if layout.size(axis) > 1:
-            yield CommTask(f"clip.{axis}", "step", CollectiveKind.ALL_REDUCE, axis, layout.size(axis), 4)
-    if plan.workload.precision == "fp16" and layout.world_size > 1:
-        yield CommTask("scaler.overflow", "step", CollectiveKind.ALL_REDUCE, "world", layout.world_size, 4)
+    sums: list[tuple[str, str, int]] = [("loss.tokens", "dp_cp", 8)]
+    axes = ["tp", *(["dp_cp"] if facts.zero_stage else [])]
+    if not is_everywhere_nothing(held.experts):
+        axes += ["etp", "ep", *(["edp"] if facts.zero_stage else [])]
+    sums += [(f"clip.{axis}", axis, 4) for axis in (*axes, "pp")]
+    if facts.workload.precision == "fp16":
+        sums.append(("scaler.overflow", "world", 4))
+    for name, axis, size in sums:
+        ranks = facts.ranks(axis)
+        if not is_one(ranks):
+            yield CommTask(name, "step", CollectiveKind.ALL_REDUCE, axis, ranks, size)

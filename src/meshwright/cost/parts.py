@@ -1,0 +1,227 @@
+"""What blocks and parameters add to the memory of a rank. Elementwise: numbers, or arrays over layouts.
+
+One plan (`cost/memory.py`) and a search over many layouts read the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from meshwright.cluster import LOCAL_GPU, Cluster
+from meshwright.engines import Engine, engine_named
+from meshwright.ir.elementwise import larger, rounded, smaller
+from meshwright.ir.graph import OpKind
+from meshwright.ir.holding import Holding
+from meshwright.ir.lowering import LoweredBlock
+from meshwright.ir.step import reduces_in_backward
+from meshwright.ir.tasks import ComputeTask
+from meshwright.plan import Plan
+from meshwright.policy import ZeroStage
+from meshwright.workload import Workload
+
+LOGITS = ("head.logits", "head.probabilities")
+STATES = ("weights", "gradients", "optimizer states")
+ADAM_STATE_BYTES = 8
+CPU_CONTEXT_BYTES = 250_000_000
+MASTER_BYTES = 4
+ACTIVE_STAGES = 3
+"""Stages of a rank that PyTorch keeps gathered at most (torch 2.13, pipelining/schedules.py:
+`_add_unshard_reshard`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What the memory of a rank depends on beside its blocks and parameters."""
+
+    engine: Engine
+    workload: Workload
+    zero_stage: ZeroStage
+    pp: int
+    is_local: bool = False
+
+    @classmethod
+    def of(cls, plan: Plan) -> Setting:
+        """That of a plan."""
+        policy = plan.policy
+        return cls(
+            engine_named(policy.engine),
+            plan.workload,
+            policy.zero_stage,
+            plan.layout.pp,
+            runs_on_cpu(plan.cluster),
+        )
+
+    @property
+    def masters_in_place(self) -> bool:
+        """Whether parameters are their own FP32 masters."""
+        return self.engine.master_in_parameter.value
+
+    def divides_gradients(self, num_micro_batches: int) -> bool:
+        """Whether a rank keeps only its share of the gradients: under ZeRO-2 and 3, where the backward that
+        makes them reduces them too. A pipeline adds them up whole, and reduces after its last backward."""
+        if self.zero_stage < 2 or self.pp > 1:
+            return False
+        return reduces_in_backward(self.engine, self.zero_stage, self.pp) or num_micro_batches == 1
+
+    def widths(self) -> dict[str, int]:
+        """Bytes per parameter of each state: weight (compute type, or FP32 where the engine keeps masters in
+        place), gradient, and for AdamW two FP32 moments plus in mixed precision an FP32 master."""
+        in_place = self.masters_in_place
+        master = MASTER_BYTES if self.workload.has_master_weights and not in_place else 0
+        moments = ADAM_STATE_BYTES if self.workload.optimizer == "adamw" else 0
+        weight = MASTER_BYTES if in_place else self.workload.compute_bytes
+        widths = (weight, self.engine.gradient_bytes.value, master + moments)
+        return dict(zip(STATES, widths, strict=True))
+
+
+def runs_on_cpu(cluster: Cluster) -> bool:
+    """Whether a "GPU" of the cluster is a process of the machine at hand."""
+    return cluster.gpu.name == LOCAL_GPU
+
+
+@dataclass(frozen=True, slots=True)
+class StateBytes:
+    """Bytes of one model state on a rank: kept whole, and kept as this rank's share under ZeRO."""
+
+    whole: int = 0
+    divided: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.whole + self.divided
+
+    def __add__(self, other: StateBytes) -> StateBytes:
+        return StateBytes(self.whole + other.whole, self.divided + other.divided)
+
+
+def states(setting: Setting, held: Holding, num_micro_batches: int) -> dict[str, StateBytes]:
+    """Weights, gradients and optimizer states of one rank, by what ZeRO divides and what stays whole.
+
+    ZeRO 1 divides optimizer states, 2 also gradients, 3 also weights. Gradients that add up over
+    micro-batches before one reduction are whole until then, whatever the stage (see `divides_gradients`). An
+    engine that keeps masters in its parameters divides those always, and below ZeRO-3 keeps the gathered copy
+    in the compute type between forward and backward.
+    """
+    zero, in_place = setting.zero_stage, setting.masters_in_place
+    divided = {
+        "weights": zero == 3 or in_place,
+        "gradients": setting.divides_gradients(num_micro_batches),
+        "optimizer states": zero >= 1,
+    }
+    parts = {
+        name: StateBytes(
+            whole=held.total * width * (1 - divided[name]), divided=held.share * width * divided[name]
+        )
+        for name, width in setting.widths().items()
+    }
+    if in_place and zero < 3:
+        parts["weights"] += StateBytes(held.total * setting.workload.compute_bytes)
+    return parts
+
+
+@dataclass(frozen=True, slots=True)
+class BlockBytes:
+    """What one block adds for one micro-batch.
+
+    `saved`: kept from forward to backward, of which `logits` by the loss; `deferred`: what a deferred weight
+    gradient keeps of it; `remade`: what recompute makes again; `gradients`: the largest op's output and input
+    gradients; `exchanged`: the largest exchange between expert ranks.
+    """
+
+    saved: int
+    logits: int
+    deferred: int
+    remade: int
+    gradients: int
+    exchanged: int
+
+
+def block_bytes(block: LoweredBlock, element_bytes: int) -> BlockBytes:
+    """The bytes of a lowered block."""
+    saved = block.saved_bytes
+    gradients = exchanged = 0
+    for task in block.tasks:
+        if isinstance(task, ComputeTask):
+            if task.phase == "forward":
+                gradients = larger(gradients, _op_gradient_bytes(task, element_bytes))
+        elif task.axis in ("ep", "etp"):
+            exchanged = larger(exchanged, task.bytes * (task.num_ranks > 1))
+    return BlockBytes(
+        saved=saved,
+        logits=sum(size for name, (size, _) in block.saved.items() if name in LOGITS),
+        deferred=block.deferred_bytes,
+        remade=larger(0, sum(size for size, _ in block.saved_without_recompute.values()) - saved),
+        gradients=gradients,
+        exchanged=exchanged,
+    )
+
+
+def _op_gradient_bytes(task: ComputeTask, unit: int) -> int:
+    sizes = task.sizes
+    match task.kind:
+        case OpKind.MATMUL | OpKind.GROUPED_MATMUL:
+            m, n, k = sizes[-3:]
+            return m * (n + k) * unit
+        case OpKind.ATTENTION:
+            batch, heads, queries, keys, qk_dim, v_dim = sizes
+            return batch * heads * (queries * (qk_dim + v_dim) + keys * (qk_dim + v_dim)) * unit
+        case OpKind.LOSS:  # FP32: the gradient of the log-probabilities and that of the logits
+            return sizes[0] * sizes[1] * 8
+        case _:
+            return 2 * sizes[0] * sizes[1] * unit
+
+
+def transient_bytes(blocks: Iterable[BlockBytes]) -> tuple[int, int, int]:
+    """What one backward pass needs on top of what is held: remade activations, activation gradients, and both
+    sides of the largest exchange between expert ranks; each the most of any block."""
+    remade = gradients = exchanged = 0
+    for block in blocks:
+        remade = larger(remade, block.remade)
+        gradients = larger(gradients, block.gradients)
+        exchanged = larger(exchanged, block.exchanged)
+    return remade, gradients, 2 * exchanged
+
+
+def gathered_bytes(setting: Setting, largest_block: int, stages: Iterable[int]) -> int:
+    """What ZeRO-3 keeps whole beside the shares, in the compute type.
+
+    `largest_block` counts the parameters of a rank's largest block, `stages` those of each of its stages that
+    have a whole copy (`whole_copies`). Alone, a rank gathers block by block. Under a pipeline PyTorch calls
+    `set_reshard_after_backward(False)` (torch 2.13, pipelining/stage.py, backward_maybe_with_nosync): what a
+    backward has gathered stays until the next forward of the stage divides it again.
+    """
+    width = setting.workload.compute_bytes
+    if setting.zero_stage < 3:
+        return 0
+    if setting.pp == 1:
+        return 2 * largest_block * width
+    most = [0] * ACTIVE_STAGES
+    for size in stages:
+        for place, known in enumerate(most):
+            most[place], size = larger(known, size), smaller(known, size)
+    return sum(most) * width
+
+
+def whole_copies(setting: Setting, held: Holding, dp_cp: int, edp: int) -> int:
+    """Parameters with a whole copy beside the share: not where the share is all, in the compute type."""
+    cast = setting.masters_in_place
+    return held.dense * (cast or dp_cp > 1) + held.experts * (cast or edp > 1)
+
+
+def bucket_bytes(setting: Setting, largest_block: int, dp_cp: int) -> int:
+    """One block's gradients while they are divided."""
+    if setting.zero_stage < 2:
+        return 0
+    return largest_block * setting.engine.gradient_bytes.value * (dp_cp > 1)
+
+
+def slack_bytes(setting: Setting, dynamic: int) -> int:
+    """What the allocator cannot use, of all that is no model state."""
+    return rounded(dynamic * setting.engine.slack.value)
+
+
+def context_bytes(setting: Setting) -> int:
+    """What the runtime holds before the model: a CUDA context on a GPU, a Python process on a CPU."""
+    return CPU_CONTEXT_BYTES if setting.is_local else setting.engine.context.value
