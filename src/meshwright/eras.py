@@ -27,6 +27,7 @@ class Era(Noun):
     gather: Fact[bool]
     pipeline: Fact[bool]
     context: Fact[bool]
+    flash_attention: Fact[bool]
 
 
 @cache

@@ -45,6 +45,7 @@ class Prices:
     host_s: float
     casts: bool
     flat: bool
+    flash_attention: bool
 
     @property
     def memory_bytes_per_s(self) -> float:
@@ -82,6 +83,7 @@ def prices(
         host_s=fitted.host["graph" if stated.graphed else "eager"].value,
         casts=low,
         flat=flat,
+        flash_attention=era.flash_attention.value,
     )
 
 

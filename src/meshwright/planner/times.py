@@ -36,6 +36,12 @@ _MATMULS = (OpKind.MATMUL, OpKind.GROUPED_MATMUL)
 _CAST_BYTES = 3
 """Casting one bf16 element to fp8: two bytes read, one written."""
 
+_PAIR_BYTES_FORWARD = 13
+"""Scores written (2), softmax (2 + 2), dropout with its mask (2 + 2 + 1), read by the second product (2)."""
+_PAIR_BYTES_BACKWARD = 19
+"""Probabilities read (2), their gradient written (2), dropout (2 + 2 + 1), softmax (2 + 2 + 2), two reads of
+the scores' gradient (4)."""
+
 PhaseParts = dict[str, Array]
 BlockTimes = dict[Phase, PhaseParts]
 """Seconds by phase and part (PARTS): what a block takes inside a step."""
@@ -138,10 +144,24 @@ def price_op(task: ComputeTask, prices: Prices, running: Running) -> tuple[Array
     if task.kind is OpKind.GROUPED_MATMUL:
         sizes = (sizes[0], sizes[1] * running.load, *sizes[2:])
         flops = flops * running.load
+    if task.kind is OpKind.ATTENTION and not prices.flash_attention:
+        return _scored_attention(task, prices), 0.0
     low = prices.casts and task.kind in _MATMULS and not task.name.endswith(_PRECISE)
     rates = prices.compute if low or task.kind not in _MATMULS else prices.precise
     kernel = compute_seconds(rates, task.kind, task.phase, sizes, flops, task.traffic_bytes)
     return kernel, _cast_bytes(task) / prices.memory_bytes_per_s if low else 0.0
+
+
+def _scored_attention(task: ComputeTask, prices: Prices) -> Array:
+    """Attention as matmuls, softmax and dropout of their own: every pair of the square is computed, masked or
+    not, and its score passes through memory once for each read and write."""
+    batch, heads, queries, keys = task.sizes[:4]
+    forward = task.phase in ("forward", "recompute")
+    moved = (_PAIR_BYTES_FORWARD if forward else _PAIR_BYTES_BACKWARD) * batch * heads * queries * keys
+    # Backward reads the kept probabilities instead of making the scores again: four products, not five.
+    flops = 2 * task.flops * (1.0 if forward else 0.8)
+    work = compute_seconds(prices.precise, task.kind, task.phase, task.sizes, flops, task.traffic_bytes)
+    return work + moved / prices.memory_bytes_per_s
 
 
 def _cast_bytes(task: ComputeTask) -> Array:
