@@ -17,7 +17,7 @@ from meshwright.model import Model
 from meshwright.plan import Plan, split_layers
 from meshwright.policy import Policy, Recompute, ScheduleName
 from meshwright.validate.policies import Stated
-from meshwright.validate.refusal import Refused
+from meshwright.validate.refusal import RefusedError
 from meshwright.validate.rows import Row
 from meshwright.verify import verify
 from meshwright.workload import Workload
@@ -50,7 +50,7 @@ class Described:
 
 
 def candidates_of(parts: Described) -> tuple[Candidate, ...]:
-    """Every plausible plan of a row, at most MOST_CANDIDATES. Raises Refused when none is legal."""
+    """Every plausible plan of a row, at most MOST_CANDIDATES. Raises RefusedError when none is legal."""
     reasons: list[str] = []
     legal = list(_legal(parts, ("none", "selective"), reasons))
     fitting = _fitting(legal)
@@ -59,19 +59,31 @@ def candidates_of(parts: Described) -> tuple[Candidate, ...]:
         fitting = _fitting(whole) or whole
     chosen = fitting or legal
     if not chosen:
-        raise Refused("layout: no legal plan", reasons[0] if reasons else "")
+        raise RefusedError("layout: no legal plan", reasons[0] if reasons else "")
     return tuple(chosen)
 
 
 def _fitting(candidates: list[Candidate]) -> list[Candidate]:
+    """Those whose memory is within the GPU's, where there is a choice.
+
+    How experts are reached does not change memory that much: plans that differ in nothing else share a
+    verdict.
+    """
     if len(candidates) < 2:
         return candidates
-    return [c for c in candidates if _fits(c.plan)]
-
-
-def _fits(plan: Plan) -> bool:
-    need = worst(memory(lower(plan))).total_bytes
-    return need <= FULL_SHARE * plan.cluster.gpu.memory
+    fits: dict[str, bool] = {}
+    kept = []
+    for candidate in candidates:
+        plan = candidate.plan
+        same = plan.policy.model_copy(update={"dispatcher": "alltoall", "expert_overlap": False})
+        alike = plan.model_copy(update={"policy": same})
+        if alike.digest not in fits:
+            fits[alike.digest] = (
+                worst(memory(lower(alike))).total_bytes <= FULL_SHARE * plan.cluster.gpu.memory
+            )
+        if fits[alike.digest]:
+            kept.append(candidate)
+    return kept
 
 
 def _legal(parts: Described, levels: tuple[Recompute, ...], reasons: list[str]) -> Iterator[Candidate]:
@@ -132,10 +144,10 @@ def _unknowns(parts: Described, levels: tuple[Recompute, ...]) -> dict[str, Sequ
     row, stated = parts.row, parts.stated
     tp, pp, cp = row.tp, row.pp, row.cp or 1
     if tp is None or pp is None:
-        raise Refused("layout: tensor or pipeline degree not stated", row.id)
+        raise RefusedError("layout: tensor or pipeline degree not stated", row.id)
     assert row.num_gpus is not None
     if row.num_gpus % (tp * pp * cp):
-        raise Refused("layout: degrees that do not divide the GPUs", f"{tp}·{pp}·{cp} of {row.num_gpus}")
+        raise RefusedError("layout: degrees that do not divide the GPUs", f"{tp}·{pp}·{cp} of {row.num_gpus}")
     dp = row.num_gpus // (tp * pp * cp)
     return {
         "micro_batch_size": _micro_batches(row, dp, cp),
@@ -196,7 +208,8 @@ def _expert_tensor_degrees(parts: Described, tp: int) -> list[int]:
 
 def _plan(parts: Described, values: dict[str, Any]) -> Plan:
     row, stated = parts.row, parts.stated
-    assert row.tp is not None and row.pp is not None
+    assert row.tp is not None
+    assert row.pp is not None
     layout = Layout(
         tp=row.tp,
         cp=values["cp"],

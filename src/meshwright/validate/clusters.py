@@ -8,7 +8,7 @@ from meshwright.cluster import Cluster
 from meshwright.errors import InputError
 from meshwright.gpus import gpu_named, machine_of
 from meshwright.hardware import Link, LinkKind
-from meshwright.validate.refusal import Refused
+from meshwright.validate.refusal import RefusedError
 from meshwright.validate.rows import Row
 
 GENERATIONS = {
@@ -33,9 +33,9 @@ _RATE = re.compile(
 
 
 def catalogue_gpu(spelling: str) -> str:
-    """The catalogue's name for a GPU as a source spells it. Raises Refused for one that it lacks."""
+    """The catalogue's name for a GPU as a source spells it. Raises RefusedError for one that it lacks."""
     if not spelling:
-        raise Refused("cluster: no GPU stated")
+        raise RefusedError("cluster: no GPU stated")
     text = spelling.lower()
     for candidate in (text, text.split()[0], re.sub(r"\s*\(.*\)", "", text)):
         try:
@@ -51,7 +51,7 @@ def catalogue_gpu(spelling: str) -> str:
     for generation, name in _CLASSES.items():
         if generation in text:
             return name
-    raise Refused("cluster: GPU not in the catalogue", spelling)
+    raise RefusedError("cluster: GPU not in the catalogue", spelling)
 
 
 def generation_of(gpu_name: str) -> str:
@@ -60,24 +60,24 @@ def generation_of(gpu_name: str) -> str:
 
 
 def cluster_of(row: Row, assumed: dict[str, str]) -> Cluster:
-    """The cluster of a row. Raises Refused when it cannot stand."""
+    """The cluster of a row. Raises RefusedError when it cannot stand."""
     name = catalogue_gpu(row.gpu)
     machine = machine_of(name)
     if machine is None or row.num_gpus is None or row.num_gpus < 1:
-        raise Refused("cluster: number of GPUs not stated", row.id)
+        raise RefusedError("cluster: number of GPUs not stated", row.id)
     per_node = row.gpus_per_node
     if per_node is None:
         per_node = machine.gpus_per_node
         assumed["gpus_per_node"] = f"{per_node}: the {name} catalogue machine"
     per_node = min(per_node, row.num_gpus)
     if row.num_gpus % per_node:
-        raise Refused("cluster: GPUs that do not fill their nodes", f"{row.num_gpus} of {per_node}")
+        raise RefusedError("cluster: GPUs that do not fill their nodes", f"{row.num_gpus} of {per_node}")
     nodes = row.num_gpus // per_node
     links = _links(row.interconnect, machine.links_for(nodes, per_node), per_node, assumed)
     try:
         return Cluster(nodes=nodes, gpus_per_node=per_node, gpu=gpu_named(name), links=links)
     except ValueError as error:
-        raise Refused("cluster: cannot stand", str(error)) from None
+        raise RefusedError("cluster: cannot stand", str(error)) from None
 
 
 def _links(text: str, links: tuple[Link, ...], per_node: int, assumed: dict[str, str]) -> tuple[Link, ...]:

@@ -19,7 +19,7 @@ from meshwright.validate.measured import (
 )
 from meshwright.validate.models import model_of
 from meshwright.validate.policies import Stated, stated_policy
-from meshwright.validate.refusal import Refusal, Refused
+from meshwright.validate.refusal import Refusal, RefusedError
 from meshwright.validate.rows import Row, read_rows
 
 Group = Literal["dense", "moe_full", "moe_partial", "moe_efa"]
@@ -80,7 +80,7 @@ def describe(row: Row) -> Run | Refusal:
     """A row as a run, or why it is not scored."""
     try:
         return _described(row)
-    except Refused as refused:
+    except RefusedError as refused:
         return Refusal(row.id, refused.reason, refused.detail)
 
 
@@ -91,7 +91,7 @@ def _described(row: Row) -> Run:
     cluster = cluster_of(row, assumed)
     stated = stated_policy(row, assumed)
     if not row.sequence_length:
-        raise Refused("workload: sequence length not stated", row.id)
+        raise RefusedError("workload: sequence length not stated", row.id)
     parts = Described(row, model, cluster, stated, assumed)
     return Run(
         id=row.id,
@@ -111,13 +111,13 @@ def _described(row: Row) -> Run:
 
 def _require_scored(row: Row) -> None:
     if "lora" in row.task.lower():
-        raise Refused("task: adapters are trained, not the model", row.task)
+        raise RefusedError("task: adapters are trained, not the model", row.task)
     if row.latest_in_group.lower() == "n":
-        raise Refused("repeat: an older measurement of a recipe that is measured again", row.source_path)
+        raise RefusedError("repeat: an older measurement of a recipe that is measured again", row.source_path)
     if row.quality.upper() == "C":
-        raise Refused("quality: graded C by its source's reader", row.notes[:80])
+        raise RefusedError("quality: graded C by its source's reader", row.notes[:80])
     if step_time_of(row) is None and throughput_of(row) is None and memory_of(row) is None:
-        raise Refused("measurement: nothing measured", row.id)
+        raise RefusedError("measurement: nothing measured", row.id)
 
 
 def group_of(row: Row) -> Group:

@@ -33,7 +33,7 @@ class Throughput:
 
 
 def step_time_of(row: Row) -> float | None:
-    """Seconds of a step: printed, else derived by the source's reader, else from tokens per second and GPU."""
+    """Seconds of a step: printed, else derived from what is printed, else from tokens per second."""
     if row.iteration_time_s:
         return row.iteration_time_s
     if row.iteration_time_derived_s:

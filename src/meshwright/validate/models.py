@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from importlib.resources import files as package_files
 from typing import Any
 
 from meshwright.errors import InputError
 from meshwright.families import catalogue_models, model_named
+from meshwright.files import parse_yaml
 from meshwright.model import Model
-from meshwright.validate.refusal import Refused
+from meshwright.validate.refusal import RefusedError
 from meshwright.validate.rows import Row
 
 LATENT_DEFAULTS = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
@@ -44,8 +49,9 @@ _FILLED_BY_NAME = (
 def model_of(row: Row, assumed: dict[str, str]) -> Model:
     """The model that a row describes; what it leaves open is filled and written into `assumed`.
 
-    Raises Refused for an architecture that the graph does not describe, or one that is not stated.
+    Raises RefusedError for an architecture that the graph does not describe, or one that is not stated.
     """
+    row = _named(row, assumed)
     _require_described(row)
     twin = _catalogue_twin(row)
     fields: dict[str, Any] = {
@@ -68,7 +74,25 @@ def model_of(row: Row, assumed: dict[str, str]) -> Model:
     try:
         return Model(**{name: value for name, value in fields.items() if value is not None})
     except ValueError as error:
-        raise Refused("architecture: dimensions that do not agree", _message(error)) from None
+        raise RefusedError("architecture: dimensions that do not agree", _message(error)) from None
+
+
+@cache
+def named_models() -> Mapping[str, Mapping[str, Any]]:
+    """Row fields of models that tables name without dimensions, with a `source`."""
+    text = package_files("meshwright").joinpath("catalog/named_models.yaml").read_text("utf-8")
+    return parse_yaml(text, "named_models.yaml")
+
+
+def _named(row: Row, assumed: dict[str, str]) -> Row:
+    """A row without any dimension takes those of the model that it names."""
+    if row.num_layers or row.hidden_size or row.num_heads or row.num_experts:
+        return row
+    for name, fields in named_models().items():
+        if _squeezed(name) == _squeezed(row.model):
+            assumed["model"] = f"no dimensions stated: {fields['source']}"
+            return replace(row, **{key: value for key, value in fields.items() if key != "source"})
+    return row
 
 
 def _message(error: ValueError) -> str:
@@ -79,9 +103,9 @@ def _require_described(row: Row) -> None:
     text = f"{row.attention} {row.model}".lower()
     for pattern, reason in _UNSUPPORTED.items():
         if re.search(pattern, text):
-            raise Refused(reason, f"{row.model}: {row.attention}")
+            raise RefusedError(reason, f"{row.model}: {row.attention}")
     if re.search(r"\bvlm\b|vision|multimodal", row.notes.lower()):
-        raise Refused("architecture: images beside text", row.model)
+        raise RefusedError("architecture: images beside text", row.model)
     missing = [
         name
         for name, value in (
@@ -94,7 +118,7 @@ def _require_described(row: Row) -> None:
     if not row.feed_forward_size and not row.expert_feed_forward_size:
         missing.append("ffn")
     if missing:
-        raise Refused("architecture: dimensions not stated", f"{row.model} lacks {', '.join(missing)}")
+        raise RefusedError("architecture: dimensions not stated", f"{row.model} lacks {', '.join(missing)}")
 
 
 def _squeezed(name: str) -> str:
@@ -155,10 +179,11 @@ def _latent_attention(text: str, twin: Model | None, assumed: dict[str, str]) ->
 
 
 def _style(row: Row) -> dict[str, Any]:
-    """Norm, positions and tied embeddings: GPT-3's for plain multi-head attention without a gate, else
-    Llama's."""
+    """Norm, positions and tied embeddings: GPT-3's for plain multi-head attention without a gate or rotary
+    positions, else Llama's."""
     grouped = (row.num_kv_heads or row.num_heads) != row.num_heads
-    if row.gated is False and not grouped and not row.num_experts:
+    rotary = "rope" in row.attention.lower()
+    if row.gated is False and not grouped and not row.num_experts and not rotary:
         return {
             "norm": "layernorm",
             "position": "learned",
@@ -173,7 +198,7 @@ def _experts(row: Row, twin: Model | None, assumed: dict[str, str]) -> dict[str,
     if not row.num_experts:
         return {}
     if not row.expert_feed_forward_size:
-        raise Refused("architecture: dimensions not stated", f"{row.model} lacks moe_ffn")
+        raise RefusedError("architecture: dimensions not stated", f"{row.model} lacks moe_ffn")
     chosen = row.experts_per_token
     if chosen is None:
         chosen = min(2 if row.num_experts <= 16 else 8, row.num_experts)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from meshwright.policy import Dispatcher, EngineName, Recompute, ScheduleName, ZeroStage
-from meshwright.validate.refusal import Refused
+from meshwright.validate.refusal import RefusedError
 from meshwright.validate.rows import Row
 from meshwright.workload import Precision
 
@@ -40,7 +40,7 @@ class Stated:
 
 
 def stated_policy(row: Row, assumed: dict[str, str]) -> Stated:
-    """What a row says of its policy. Raises Refused for an engine or a schedule that is not described."""
+    """What a row says of its policy. Raises RefusedError for an engine or schedule not described."""
     engine = engine_of(row)
     text = f"{row.dispatcher_overlap}; {row.notes}".lower()
     level, modules = recompute_of(row.recompute)
@@ -75,18 +75,16 @@ def engine_of(row: Row) -> EngineName:
         return "megatron"
     if "deepspeed" in row.zero.lower():
         return "deepspeed"
-    raise Refused("engine: framework not known", row.framework or "not stated")
+    raise RefusedError("engine: framework not known", row.framework or "not stated")
 
 
 def era_of(row: Row, engine: EngineName) -> str:
-    """The engine's line and time: what a constant of software may depend on."""
+    """The engine's line and time, a name of the catalogue's eras."""
     name, year = row.framework.lower(), row.year or 2025
     if "deepspeed" in name:
         return "megatron-deepspeed" if "megatron" in name else "deepspeed"
     if engine == "torchtitan":
-        return "fsdp-2023" if year <= 2023 else "fsdp2-2025"
-    if "megascale" in name:
-        return "megascale-2024"
+        return "fsdp" if year <= 2023 else "torchtitan"
     if year <= 2022:
         return "megatron-2021"
     return "megatron-2024" if year <= 2024 else "megatron-2025"
@@ -106,7 +104,7 @@ def precision_of(spelling: str, gpu: str, year: int | None, assumed: dict[str, s
     if re.search(r"fp32|float32|tf32", text):
         return "fp32"
     if text:
-        raise Refused("precision: not known", spelling)
+        raise RefusedError("precision: not known", spelling)
     old = "a100" in gpu.lower() and (year or 2025) <= 2022
     assumed["precision"] = "fp16: not stated, and usual then" if old else "bf16: not stated"
     return "fp16" if old else "bf16"
@@ -141,7 +139,7 @@ def schedule_of(text: str) -> ScheduleName | None:
         if re.search(pattern, lower):
             return name
     if re.search(r"schedule|dualpipe|v-half|v-min", lower):
-        raise Refused("engine: pipeline schedule not described", text)
+        raise RefusedError("engine: pipeline schedule not described", text)
     return None
 
 

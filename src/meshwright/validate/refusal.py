@@ -16,7 +16,7 @@ class Refusal:
     detail: str = ""
 
 
-class Refused(MeshwrightError):
+class RefusedError(MeshwrightError):
     """Raised where a row turns out to state what cannot be priced."""
 
     def __init__(self, reason: str, detail: str = "") -> None:

@@ -121,7 +121,8 @@ def columns() -> tuple[str, ...]:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Every row of a file. Raises InputError when it is no CSV of runs, or a cell is not what it should be."""
+    """Every row of a file. Raises InputError when it is no table of runs, or a cell is not what it
+    should be."""
     text = read_text(path, MAX_BYTES)
     csv.field_size_limit(_LONGEST_CELL)
     reader = csv.DictReader(io.StringIO(text), strict=True)
