@@ -28,6 +28,11 @@ class Era(Noun):
     pipeline: Fact[bool]
     context: Fact[bool]
     flash_attention: Fact[bool]
+    attention: Fact[dict[str, float]] | None = None
+
+    def attention_slowdown(self, generation: str) -> float:
+        """How much longer this era's attention kernels take than the measured ones, on a GPU generation."""
+        return 1.0 if self.attention is None else self.attention.value.get(generation, 1.0)
 
 
 @cache

@@ -98,7 +98,7 @@ def measure(
     kinds, counts = _kinds(program)
     ranks = range(plan.layout.pp)
     sends: list[Mapping[Phase, Array]] = [
-        {send.phase: float(price_collective(send, priced, groups, running)) for send in stage.sends}
+        {send.phase: sum(price_collective(send, priced, groups, running)) for send in stage.sends}
         for stage in program.stages
     ]
     return Measured(
@@ -198,7 +198,7 @@ def _tail(measured: Measured, priced: Prices, phases: Array, slack_s: Array) -> 
     for rank, own in enumerate(measured.ranks):
         backward, forward = phases[1:, list(own)].sum(axis=(0, 1)), phases[0, list(own)].sum(axis=0)
         data = exposed_data(measured.comm[rank], priced, backward, forward, slack_s[rank])
-        other, optimizer = measured.comm[rank].other_s, priced.slowdown * measured.optimizer_s[rank]
+        other, optimizer = measured.comm[rank].other_s, priced.memory * measured.optimizer_s[rank]
         rows.append(np.broadcast_arrays(data, other + 0.0 * data, optimizer + 0.0 * data))
     tails = np.array(rows)  # rank, what, N
     longest = tails.sum(axis=1).argmax(axis=0)

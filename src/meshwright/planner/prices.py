@@ -42,7 +42,11 @@ class Prices:
     constants: Constants
     overlap: Overlap
     slowdown: float
+    memory: float
+    attention: float
+    network: float
     host_s: float
+    gap_s: float
     casts: bool
     flat: bool
     flash_attention: bool
@@ -80,7 +84,11 @@ def prices(
         constants=fitted,
         overlap={**_overlap(era), **stated.overlap},
         slowdown=1.0 if flat else fitted.slowdown[generation_of(cluster.gpu.name)].value,
+        memory=1.0 if flat else fitted.memory.value,
+        attention=era.attention_slowdown(generation_of(cluster.gpu.name)),
+        network=fitted.network.value,
         host_s=fitted.host["graph" if stated.graphed else "eager"].value,
+        gap_s=0.0 if stated.graphed else fitted.gap.value,
         casts=low,
         flat=flat,
         flash_attention=era.flash_attention.value,

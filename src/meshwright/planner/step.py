@@ -22,9 +22,11 @@ SMALL_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class StepComm:
-    """Seconds of one rank's communication once per step: over the data axes, and the rest."""
+    """Seconds of one rank's communication once per step: over the data axes inside a node and outside, and
+    the rest."""
 
     data_s: Array
+    data_outside_s: Array
     other_s: Array
 
 
@@ -33,15 +35,16 @@ def step_comm(
 ) -> StepComm:
     """Seconds of what one rank communicates once per step."""
     data: Array = 0.0
+    data_outside: Array = 0.0
     other: Array = 0.0
     for task in tasks:
         axis = "pipeline" if task.axis == "pp" else task.axis
-        seconds = price_collective(task, prices, {**groups, task.axis: groups[axis]}, running)
+        near, far = price_collective(task, prices, {**groups, task.axis: groups[axis]}, running)
         if task.axis in DATA_AXES and np.max(task.bytes) > SMALL_BYTES:
-            data = data + seconds
+            data, data_outside = data + near, data_outside + far
         else:
-            other = other + seconds
-    return StepComm(data, other)
+            other = other + near + far
+    return StepComm(data, data_outside, other)
 
 
 def exposed_data(
@@ -53,7 +56,8 @@ def exposed_data(
     whose last backward ends before the pipeline does has that slack besides.
     """
     beside = backward_s + forward_s
-    return np.maximum(exposed(comm.data_s, beside, prices.hidden("data")) - slack_s, 0.0)
+    seconds = comm.data_s + prices.network * comm.data_outside_s
+    return np.maximum(exposed(seconds, beside, prices.hidden("data")) - slack_s, 0.0)
 
 
 OPTIMIZER_READS_AND_WRITES = {"adamw": 28, "sgd": 8}

@@ -26,6 +26,9 @@ Array = Any
 MICRO_BATCH_PHASES: tuple[Phase, ...] = ("forward", "recompute", "input_gradient", "weight_gradient")
 AXES = ("tp", "cp", "ep", "etp", "dp")
 """Axes of communication inside a micro-batch; `dp` stands for ZeRO's gathers and reductions."""
+KERNELS = ("matmul", "grouped", "attention", "memory")
+KERNEL_OF = {OpKind.MATMUL: "matmul", OpKind.GROUPED_MATMUL: "grouped", OpKind.ATTENTION: "attention"}
+"""What bounds the kernel of an op, by its kind; memory bandwidth bounds the others."""
 PARTS = ("compute", *AXES, "host")
 """What the time of a phase is made of: compute, exposed communication by axis, waiting for launches."""
 
@@ -46,8 +49,13 @@ PhaseParts = dict[str, Array]
 BlockTimes = dict[Phase, PhaseParts]
 """Seconds by phase and part (PARTS): what a block takes inside a step."""
 KernelTimes = dict[Phase, PhaseParts]
-"""Seconds by phase of `compute` (kernels alone), `casts` (casting each fp8 operand once) and communication
-by axis, none of it hidden; and `launches`, how many ops the phase has."""
+"""Seconds by phase of kernels alone (KERNELS), `casts` (casting each fp8 operand once) and communication by
+axis, inside a node and `outside`, none of it hidden; and `launches`, how many ops the phase has."""
+
+
+def outside(axis: str) -> str:
+    """Name of an axis' communication that leaves a node."""
+    return f"{axis}_outside"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +102,16 @@ def kernel_times(
     times: KernelTimes = {}
     for phase in MICRO_BATCH_PHASES:
         of_phase = [task for task in tasks if task.phase == phase]
-        parts: PhaseParts = dict.fromkeys(("compute", "casts", *AXES), 0.0)
+        parts: PhaseParts = dict.fromkeys((*KERNELS, "casts", *AXES, *map(outside, AXES)), 0.0)
         for task in of_phase:
             if isinstance(task, ComputeTask):
                 kernel, cast = price_op(task, prices, running)
-                parts["compute"], parts["casts"] = parts["compute"] + kernel, parts["casts"] + cast
+                name = KERNEL_OF.get(task.kind, "memory")
+                parts[name], parts["casts"] = parts[name] + kernel, parts["casts"] + cast
             else:
                 axis = "dp" if task.axis in ("dp_cp", "edp") else task.axis
-                parts[axis] = parts[axis] + price_collective(task, prices, groups, running)
+                near, far = price_collective(task, prices, groups, running)
+                parts[axis], parts[outside(axis)] = parts[axis] + near, parts[outside(axis)] + far
         parts["launches"] = len(of_phase)
         times[phase] = parts
     return times
@@ -110,21 +120,38 @@ def kernel_times(
 def block_times(kernels: KernelTimes, prices: Prices, running: Running) -> BlockTimes:
     """Seconds of a block inside a step: the constants on top of the kernels.
 
-    Compute is slowed down. Communication that the era overlaps is exposed by the share that cannot be hidden,
-    or by what does not fit beside the phase's compute: max((1 − h)·t, t − compute). A phase never ends before
-    its ops are launched: `host` is what launching takes beyond the rest.
+    Kernels are slowed down, those that memory bounds by a factor of their own. Communication that the era
+    overlaps is exposed by the share that cannot be hidden, or by what does not fit beside the phase's
+    compute: max((1 − h)·t, t − compute). Between launches stands a gap, and a phase that takes hardly longer
+    than launching its ops waits for that too: `host` is (work⁴ + launches⁴)^¼ − work.
     """
-    fitted = prices.constants
     times: BlockTimes = {}
     for phase, of_phase in kernels.items():
-        compute = prices.slowdown * (of_phase["compute"] + fitted.fp8_cast.value * of_phase["casts"])
+        compute = compute_in_step(of_phase, prices)
         parts: PhaseParts = {"compute": compute}
         for axis in AXES:
-            parts[axis] = exposed(of_phase[axis], compute, _hidden(axis, prices, running))
-        total = sum(parts.values())
-        parts["host"] = np.maximum(of_phase["launches"] * prices.host_s - total, 0.0)
+            parts[axis] = exposed(
+                comm_in_step(of_phase, axis, prices), compute, _hidden(axis, prices, running)
+            )
+        work = sum(parts.values())
+        launching = of_phase["launches"] * prices.host_s
+        parts["host"] = np.sqrt(np.sqrt(work**4 + launching**4)) - work + of_phase["launches"] * prices.gap_s
         times[phase] = parts
     return times
+
+
+def compute_in_step(kernels: PhaseParts, prices: Prices) -> Array:
+    """Seconds of a phase's kernels inside a step."""
+    fitted = prices.constants
+    work = kernels["matmul"] + kernels["grouped"] + prices.attention * kernels["attention"]
+    return prices.slowdown * work + prices.memory * (
+        kernels["memory"] + fitted.fp8_cast.value * kernels["casts"]
+    )
+
+
+def comm_in_step(seconds: Mapping[str, Array], axis: str, prices: Prices) -> Array:
+    """Seconds of communication along an axis inside a step: links between nodes are shared."""
+    return seconds[axis] + prices.network * seconds[outside(axis)]
 
 
 def exposed(comm_s: Array, compute_s: Array, hidden: Array) -> Array:
@@ -171,12 +198,15 @@ def _cast_bytes(task: ComputeTask) -> Array:
     return _CAST_BYTES * m * width
 
 
-def price_collective(task: CommTask, prices: Prices, groups: Mapping[str, Group], running: Running) -> Array:
-    """Seconds of one collective; routed tokens of the fullest rank set the pace of an all-to-all."""
+def price_collective(
+    task: CommTask, prices: Prices, groups: Mapping[str, Group], running: Running
+) -> tuple[Array, Array]:
+    """Seconds of one collective, as one that stays in a node's links and as one that leaves them: one of the
+    two is 0. Routed tokens of the fullest rank set the pace of an all-to-all."""
     size: Array = task.bytes
     if task.kind is CollectiveKind.ALL_TO_ALL:
         size = size * running.load
     group = groups[task.axis]
     seconds = collective_seconds(prices.links, task.kind, size, group, running.dispatcher)
     leaves = np.asarray(group.inner) < np.asarray(group.ranks)
-    return np.where(leaves, prices.constants.network.value, 1.0) * seconds
+    return seconds * ~leaves, seconds * leaves
