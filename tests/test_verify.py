@@ -74,6 +74,8 @@ ETP_16 = {
     "policy.sequence_parallel": False,
 }
 
+NO_PIPELINE: dict[str, Any] = {"layout.pp": 1, "layout.dp": 8, "policy.layers_per_stage": (8,)}
+
 ERRORS: dict[str, tuple[dict[str, Any], str, str]] = {
     "heads": (
         {"model.num_attention_heads": 9, "model.num_key_value_heads": 1},
@@ -146,6 +148,47 @@ ERRORS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "dispatcher of the engine": ({"policy.dispatcher": "deepep"}, "policy.dispatcher", "does not run it"),
     "context parallelism of the engine": ({"layout.cp": 2, "layout.dp": 2}, "layout.cp", "cp up to 1"),
+    "overlap of the engine": ({"policy.expert_overlap": True}, "policy.expert_overlap", "native engine"),
+    "overlap without interleaving": (
+        {"policy.engine": "megatron", "policy.expert_overlap": True},
+        "policy.expert_overlap",
+        "vpp 2 or more",
+    ),
+    "overlap with full recompute": (
+        {
+            **NO_PIPELINE,
+            "policy.engine": "megatron",
+            "policy.expert_overlap": True,
+            "policy.recompute": "full",
+        },
+        "policy.expert_overlap",
+        "full recompute",
+    ),
+    "overlap with allgather": (
+        {
+            **NO_PIPELINE,
+            "policy.engine": "megatron",
+            "policy.expert_overlap": True,
+            "policy.dispatcher": "allgather",
+        },
+        "policy.expert_overlap",
+        "allgather dispatcher",
+    ),
+    "overlap in fp32": (
+        {
+            **NO_PIPELINE,
+            "policy.engine": "megatron",
+            "policy.expert_overlap": True,
+            "workload.precision": "fp32",
+        },
+        "policy.expert_overlap",
+        "fp32",
+    ),
+    "overlap without DualPipeV": (
+        {"policy.engine": "torchtitan", "policy.zero_stage": 2, "policy.expert_overlap": True},
+        "policy.expert_overlap",
+        "DualPipeV only",
+    ),
     "latent attention": (
         {f"model.{key}": value for key, value in MLA.items()},
         "policy.engine",

@@ -16,6 +16,9 @@ from meshwright.workload import Precision
 
 ValueT = TypeVar("ValueT")
 Reduction = Literal["each_micro_batch", "once_per_step"]
+ExpertOverlap = Literal["none", "interleaved", "dual_pipe"]
+"""Where expert communication runs beside another micro-batch's compute: nowhere; without a pipeline or under
+interleaving; under DualPipeV."""
 
 
 class Fact(BaseModel, Generic[ValueT]):
@@ -50,6 +53,7 @@ class Engine(Noun):
     vocabulary_multiple: Fact[Count]
     selective: Fact[tuple[str, ...]]
     etp_follows_tp: Fact[bool]
+    expert_overlap: Fact[ExpertOverlap]
     context: Fact[Bytes]
     slack: Fact[Share]
     schedules: tuple[ScheduleName, ...]

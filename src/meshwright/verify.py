@@ -170,6 +170,8 @@ def engine_findings(model: Model, workload: Workload, layout: Layout, policy: Po
         others = ("megatron", "torchtitan")
         yield Finding("policy.engine", policy.engine, "does not run multi-head latent attention", others)
     yield from _combination_findings(model, layout, policy, engine)
+    if policy.expert_overlap and model.is_moe and layout.ep > 1:
+        yield from _overlap_findings(workload, layout, policy, engine)
     yield from _schedule_findings(workload, layout, policy)
 
 
@@ -192,6 +194,26 @@ def _combination_findings(model: Model, layout: Layout, policy: Policy, engine: 
     if policy.zero_stage == 0 and layout.dp * layout.cp > 1 and 0 in engine.zero_stages:
         rule = "each data-parallel rank keeps all optimizer states; 1 divides them for the same traffic"
         yield Finding("policy.zero_stage", 0, rule, (1,), "warning")
+
+
+def _overlap_findings(
+    workload: Workload, layout: Layout, policy: Policy, engine: Engine
+) -> Iterator[Finding]:
+    key, runs = "policy.expert_overlap", engine.expert_overlap.value
+    if runs == "none":
+        yield Finding(key, True, f"the {policy.engine} engine does not run it", (False,))
+    if runs == "dual_pipe" and (policy.schedule != "DualPipeV" or layout.pp == 1):
+        yield Finding(key, True, f"{policy.engine} runs it under a pipeline with DualPipeV only", (False,))
+    if runs != "interleaved":
+        return
+    if layout.pp > 1 and layout.vpp == 1:
+        yield Finding(key, True, f"under a pipeline {policy.engine} runs it with vpp 2 or more", (False,))
+    if policy.recompute == "full":
+        yield Finding(key, True, f"{policy.engine} does not run it with full recompute", (False,))
+    if policy.dispatcher == "allgather":
+        yield Finding(key, True, f"{policy.engine} does not run it with the allgather dispatcher", (False,))
+    if workload.precision == "fp32":
+        yield Finding(key, True, f"{policy.engine} does not run it in fp32", (False,))
 
 
 def _schedule_findings(workload: Workload, layout: Layout, policy: Policy) -> Iterator[Finding]:
