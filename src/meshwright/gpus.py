@@ -63,6 +63,7 @@ class GpuEntry(Noun):
     memory: Cited
     memory_bandwidth: Cited
     peak: dict[DType, Cited]
+    sustained: Cited | None = None
     gpus_per_node: Cited
     links: tuple[CitedLink, ...]
 
@@ -74,7 +75,8 @@ class GpuEntry(Noun):
             for key, figure in (("bandwidth", link.bandwidth), ("latency", link.latency))
         }
         peaks = {f"peak.{dtype}": figure for dtype, figure in self.peak.items()}
-        scalars = {key: getattr(self, key) for key in ("memory", "memory_bandwidth", "gpus_per_node")}
+        names = ("memory", "memory_bandwidth", "sustained", "gpus_per_node")
+        scalars = {key: getattr(self, key) for key in names if getattr(self, key) is not None}
         return scalars | peaks | links
 
 
@@ -98,6 +100,7 @@ def gpu_named(name: str) -> Gpu:
         "memory": entry.memory.value,
         "memory_bandwidth": entry.memory_bandwidth.value,
         "peak": {dtype: figure.value for dtype, figure in entry.peak.items()},
+        "sustained": entry.sustained.value if entry.sustained else 1.0,
     }
     return decode(Gpu, fields, canonical)
 

@@ -38,12 +38,17 @@ _MAX_LATENCY_S = 0.1
 
 
 class Gpu(Noun):
-    """One accelerator. Peaks are dense (no sparsity), in FLOP/s with a multiply-add counted as two."""
+    """One accelerator. Peaks are dense (no sparsity), in FLOP/s with a multiply-add counted as two.
+
+    `sustained` is the share of what its generation otherwise reaches that a power limit leaves to long
+    matmuls.
+    """
 
     name: str = "inline"
     memory: Bytes
     memory_bandwidth: BytesPerSecond
     peak: dict[DType, FlopsPerSecond]
+    sustained: Share = 1.0
 
     @model_validator(mode="after")
     def _is_plausible(self) -> Gpu:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from meshwright.files import Noun, parse_yaml
 
-Generation = Literal["ampere", "hopper", "blackwell", "other"]
+Generation = Literal["ampere", "hopper", "blackwell", "blackwell-ultra", "other"]
 
 GENERATION_OF: Mapping[str, Generation] = {
     "a100": "ampere",
@@ -20,9 +20,9 @@ GENERATION_OF: Mapping[str, Generation] = {
     "h20": "hopper",
     "gh200": "hopper",
     "b200": "blackwell",
-    "b300": "blackwell",
+    "b300": "blackwell-ultra",
     "gb200": "blackwell",
-    "gb300": "blackwell",
+    "gb300": "blackwell-ultra",
 }
 """By the first word of a GPU's catalogue name."""
 
@@ -45,7 +45,8 @@ class Constants(Noun):
 
     `slowdown`: how much longer matmuls and attention take inside a step than alone, by GPU generation;
     `memory`: the same for ops that memory bandwidth bounds. `host`: seconds that a process needs to launch
-    one op, eagerly and from a captured graph; `gap`: idle seconds between two ops. `hidden`: shares of
+    one op: of a dense block, of a block with experts (which also sizes buffers and splits), and from a
+    captured graph; `gap`: idle seconds between two ops. `hidden`: shares of
     communication that run beside compute where an era overlaps it. `fp8_cast`: extra memory traffic of fp8
     matmuls, times that of casting each input once. `network`: slowdown of links that leave a node.
     `step`: seconds per step outside the model. `natural_routing`: load of the fullest rank over the mean

@@ -45,7 +45,7 @@ class Prices:
     memory: float
     attention: float
     network: float
-    host_s: float
+    host_s: Mapping[str, float]
     gap_s: float
     casts: bool
     flat: bool
@@ -76,6 +76,7 @@ def prices(
     fine: Precision = "bf16" if low else precision
     # A file that states one flat efficiency has said what kernels reach: nothing is put on top of it.
     flat = cluster.efficiency is not None and cluster.efficiency.compute is not None
+    generation = generation_of(cluster.gpu.name)
     return Prices(
         cluster=cluster,
         compute=compute_rates(cluster.gpu, precision, cluster.efficiency),
@@ -83,16 +84,21 @@ def prices(
         links=link_rates(cluster),
         constants=fitted,
         overlap={**_overlap(era), **stated.overlap},
-        slowdown=1.0 if flat else fitted.slowdown[generation_of(cluster.gpu.name)].value,
+        slowdown=1.0 if flat else fitted.slowdown[generation].value / cluster.gpu.sustained,
         memory=1.0 if flat else fitted.memory.value,
-        attention=era.attention_slowdown(generation_of(cluster.gpu.name)),
+        attention=era.attention_slowdown(generation),
         network=fitted.network.value,
-        host_s=fitted.host["graph" if stated.graphed else "eager"].value,
+        host_s=_launching(fitted, stated.graphed),
         gap_s=0.0 if stated.graphed else fitted.gap.value,
         casts=low,
         flat=flat,
         flash_attention=era.flash_attention.value,
     )
+
+
+def _launching(fitted: Constants, graphed: bool) -> dict[str, float]:
+    """Seconds of launching one op of a dense block, and of a block with experts."""
+    return {kind: fitted.host["graph" if graphed else kind].value for kind in ("dense", "experts")}
 
 
 def _overlap(era: Era) -> dict[str, bool]:

@@ -126,6 +126,8 @@ def block_times(kernels: KernelTimes, prices: Prices, running: Running) -> Block
     than launching its ops waits for that too: `host` is (work⁴ + launches⁴)^¼ − work.
     """
     times: BlockTimes = {}
+    has_experts = np.any(kernels["forward"]["grouped"] > 0)
+    host_s = prices.host_s["experts" if has_experts else "dense"]
     for phase, of_phase in kernels.items():
         compute = compute_in_step(of_phase, prices)
         parts: PhaseParts = {"compute": compute}
@@ -134,7 +136,7 @@ def block_times(kernels: KernelTimes, prices: Prices, running: Running) -> Block
                 comm_in_step(of_phase, axis, prices), compute, _hidden(axis, prices, running)
             )
         work = sum(parts.values())
-        launching = of_phase["launches"] * prices.host_s
+        launching = of_phase["launches"] * host_s
         parts["host"] = np.sqrt(np.sqrt(work**4 + launching**4)) - work + of_phase["launches"] * prices.gap_s
         times[phase] = parts
     return times
