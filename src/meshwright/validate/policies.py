@@ -84,7 +84,9 @@ def era_of(row: Row, engine: EngineName) -> str:
     if "deepspeed" in name:
         return "megatron-deepspeed" if "megatron" in name else "deepspeed"
     if engine == "torchtitan":
-        return "fsdp" if year <= 2023 else "torchtitan"
+        return "fsdp-2023" if year <= 2023 else "fsdp2-2025"
+    if "megascale" in name:
+        return "megascale-2024"
     if year <= 2022:
         return "megatron-2021"
     return "megatron-2024" if year <= 2024 else "megatron-2025"
