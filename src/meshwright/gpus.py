@@ -95,13 +95,14 @@ def gpu_named(name: str) -> Gpu:
         near = difflib.get_close_matches(_normal(name), names, n=3, cutoff=0.4) or names
         raise InputError("gpu", name, "no GPU of the catalogue has this name", near)
     entry = gpu_catalogue()[canonical]
-    fields = {
+    fields: dict[str, object] = {
         "name": canonical,
         "memory": entry.memory.value,
         "memory_bandwidth": entry.memory_bandwidth.value,
         "peak": {dtype: figure.value for dtype, figure in entry.peak.items()},
-        "sustained": entry.sustained.value if entry.sustained else 1.0,
     }
+    if entry.sustained is not None:
+        fields["sustained"] = entry.sustained.value
     return decode(Gpu, fields, canonical)
 
 
