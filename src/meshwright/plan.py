@@ -127,7 +127,7 @@ def resolve_policy(deployment: Deployment, layout: Layout) -> tuple[Policy, dict
             shown = str(value).lower() if isinstance(value, bool) else value
             used[f"policy.{name}"] = f"{shown}: {why}"
 
-    default("engine", *_default_engine(deployment, layout))
+    default("engine", *default_engine(deployment, layout))
     default("micro_batch_size", 1, "one sequence at a time")
     default("schedule", "Interleaved1F1B" if layout.vpp > 1 else "1F1B", "the usual order for this vpp")
     zero_stages = engine_named(chosen["engine"]).zero_stages
@@ -147,7 +147,7 @@ def resolve_policy(deployment: Deployment, layout: Layout) -> tuple[Policy, dict
     return decode(Policy, chosen, "policy"), used
 
 
-def _default_engine(deployment: Deployment, layout: Layout) -> tuple[EngineName, str]:
+def default_engine(deployment: Deployment, layout: Layout) -> tuple[EngineName, str]:
     """meshwright's own runtime where it runs the model, else the first engine that does."""
     wanted = deployment.policy.schedule
     candidates: tuple[EngineName, ...] = ("native", "megatron", "torchtitan")
