@@ -179,7 +179,7 @@ def compose_parts(measured: Measured, priced: Prices) -> Composed:
     phases = np.stack([whole[:, 0], whole[:, recompute] + whole[:, 2], whole[:, 3]])
     m = measured.num_micro_batches
     pipe = pipeline_time(plan.policy.schedule, plan.layout.pp, plan.layout.vpp, m, phases)
-    data, other, optimizer = _tail(measured, priced, phases, pipe.slack_s)
+    data, other, optimizer = tail(measured, priced, phases, pipe.slack_s)
     by_rank = np.stack([stages[list(own)].sum(axis=(0, 1)) for own in measured.ranks])  # rank, part, N
     slowest = pipe.busy_s.argmax(axis=0)
     work = m * np.take_along_axis(by_rank, slowest[None, None, :], axis=0)[0]
@@ -187,18 +187,19 @@ def compose_parts(measured: Measured, priced: Prices) -> Composed:
     parts["bubble"] = pipe.total_s - work.sum(axis=0)
     parts["dp"] = parts["dp"] + data
     parts["optimizer"] = optimizer
-    parts["other"] = other + (0.0 if priced.flat else priced.constants.step.value)
+    parts["other"] = other
     return Composed(parts, pipe.bubble_fraction)
 
 
-def _tail(measured: Measured, priced: Prices, phases: Array, slack_s: Array) -> tuple[Array, Array, Array]:
-    """Data-parallel communication that shows, other communication and the optimizer, on the rank where
-    they take longest together."""
+def tail(measured: Measured, priced: Prices, phases: Array, slack_s: Array) -> tuple[Array, Array, Array]:
+    """Data-parallel communication that shows, what is left of a step, and the optimizer, on the rank where
+    they take longest together. The search adds it up for many layouts."""
     rows = []
+    beside = 0.0 if priced.flat else priced.constants.step.value
     for rank, own in enumerate(measured.ranks):
         backward, forward = phases[1:, list(own)].sum(axis=(0, 1)), phases[0, list(own)].sum(axis=0)
         data = exposed_data(measured.comm[rank], priced, backward, forward, slack_s[rank])
-        other, optimizer = measured.comm[rank].other_s, priced.memory * measured.optimizer_s[rank]
+        other, optimizer = beside + measured.comm[rank].other_s, priced.memory * measured.optimizer_s[rank]
         rows.append(np.broadcast_arrays(data, other + 0.0 * data, optimizer + 0.0 * data))
     tails = np.array(rows)  # rank, what, N
     longest = tails.sum(axis=1).argmax(axis=0)
@@ -206,11 +207,16 @@ def _tail(measured: Measured, priced: Prices, phases: Array, slack_s: Array) -> 
     return data, other, optimizer
 
 
+def shown_sends(priced: Prices, vpp: int) -> float:
+    """Share of a send between stages that shows: interleaving hides some of it, where the era does."""
+    return 1 - (priced.hidden("pipeline") if vpp > 1 else 0.0)
+
+
 def _stages(measured: Measured, priced: Prices) -> Array:
     """Seconds by stage, phase, part and layout of one micro-batch."""
     settled = [block_times(kernels, priced, measured.running) for kernels in measured.kinds]
     cells = [block[phase][part] for block in settled for phase in MICRO_BATCH_PHASES for part in PARTS]
-    shown = 1 - (priced.hidden("pipeline") if measured.plan.layout.vpp > 1 else 0.0)
+    shown = shown_sends(priced, measured.plan.layout.vpp)
     sends = [shown * of.get(phase, 0.0) for of in measured.sends for phase in MICRO_BATCH_PHASES]
     flat = np.array(np.broadcast_arrays(*cells, *sends, np.zeros(1))[:-1], dtype=float)
     shape = (len(settled), len(MICRO_BATCH_PHASES), len(PARTS), flat.shape[-1])
