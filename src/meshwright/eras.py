@@ -29,6 +29,11 @@ class Era(Noun):
     context: Fact[bool]
     flash_attention: Fact[bool]
     attention: Fact[dict[str, float]] | None = None
+    graphed: Fact[tuple[str, ...]] | None = None
+
+    def launches_graphs(self, generation: str) -> bool:
+        """Whether recipes of this era launch captured CUDA graphs on a GPU generation."""
+        return self.graphed is not None and generation in self.graphed.value
 
     def attention_slowdown(self, generation: str) -> float:
         """How much longer this era's attention kernels take than the measured ones, on a GPU generation."""

@@ -21,14 +21,16 @@ Overlap = Mapping[str, bool]
 class Conditions:
     """What a run states about how it was executed, beyond its plan.
 
-    `overlap` replaces facts of the era; `graphed` says that captured CUDA graphs launch the ops; `balanced`
-    is False for real routing that nobody described.
+    `overlap` replaces facts of the era, and so does `graphed`: whether captured CUDA graphs launch the ops.
+    `balanced` is False for real routing that nobody described; `static_experts` is True where every expert
+    takes a fixed number of tokens, so that no size has to come back from the GPU.
     """
 
     era: str | None = None
     overlap: Overlap = field(default_factory=dict)
-    graphed: bool = False
+    graphed: bool | None = None
     balanced: bool = True
+    static_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ def prices(
     # A file that states one flat efficiency has said what kernels reach: nothing is put on top of it.
     flat = cluster.efficiency is not None and cluster.efficiency.compute is not None
     generation = generation_of(cluster.gpu.name)
+    graphed = era.launches_graphs(generation) if stated.graphed is None else stated.graphed
     return Prices(
         cluster=cluster,
         compute=compute_rates(cluster.gpu, precision, cluster.efficiency),
@@ -88,17 +91,18 @@ def prices(
         memory=1.0 if flat else fitted.memory.value,
         attention=era.attention_slowdown(generation),
         network=fitted.network.value,
-        host_s=_launching(fitted, stated.graphed),
-        gap_s=0.0 if stated.graphed else fitted.gap.value,
+        host_s=_launching(fitted, graphed, stated.static_experts),
+        gap_s=0.0 if graphed else fitted.gap.value,
         casts=low,
         flat=flat,
         flash_attention=era.flash_attention.value,
     )
 
 
-def _launching(fitted: Constants, graphed: bool) -> dict[str, float]:
+def _launching(fitted: Constants, graphed: bool, static_experts: bool) -> dict[str, float]:
     """Seconds of launching one op of a dense block, and of a block with experts."""
-    return {kind: fitted.host["graph" if graphed else kind].value for kind in ("dense", "experts")}
+    dense = fitted.host["graph" if graphed else "dense"].value
+    return {"dense": dense, "experts": dense if graphed or static_experts else fitted.host["experts"].value}
 
 
 def _overlap(era: Era) -> dict[str, bool]:

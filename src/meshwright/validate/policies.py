@@ -87,6 +87,11 @@ def era_of(row: Row, engine: EngineName) -> str:
         return "fsdp-2023" if year <= 2023 else "fsdp2-2025"
     if "megascale" in name:
         return "megascale-2024"
+    container = re.search(r"container (\d\d)\.(\d\d)", row.notes)
+    if container:
+        return "megatron-2026" if int(container[1] + container[2]) >= 2602 else "megatron-2025"
+    if year >= 2026:
+        return "megatron-2026"
     if year <= 2022:
         return "megatron-2021"
     return "megatron-2024" if year <= 2024 else "megatron-2025"
