@@ -47,8 +47,8 @@ class Prices:
     memory: float
     attention: float
     network: float
-    host_s: Mapping[str, float]
-    gap_s: float
+    graphed: bool
+    static_experts: bool
     casts: bool
     flat: bool
     flash_attention: bool
@@ -79,7 +79,6 @@ def prices(
     # A file that states one flat efficiency has said what kernels reach: nothing is put on top of it.
     flat = cluster.efficiency is not None and cluster.efficiency.compute is not None
     generation = generation_of(cluster.gpu.name)
-    graphed = era.launches_graphs(generation) if stated.graphed is None else stated.graphed
     return Prices(
         cluster=cluster,
         compute=compute_rates(cluster.gpu, precision, cluster.efficiency),
@@ -91,18 +90,12 @@ def prices(
         memory=1.0 if flat else fitted.memory.value,
         attention=era.attention_slowdown(generation),
         network=fitted.network.value,
-        host_s=_launching(fitted, graphed, stated.static_experts),
-        gap_s=0.0 if graphed else fitted.gap.value,
+        graphed=era.launches_graphs(generation) if stated.graphed is None else stated.graphed,
+        static_experts=stated.static_experts,
         casts=low,
         flat=flat,
         flash_attention=era.flash_attention.value,
     )
-
-
-def _launching(fitted: Constants, graphed: bool, static_experts: bool) -> dict[str, float]:
-    """Seconds of launching one op of a dense block, and of a block with experts."""
-    dense = fitted.host["graph" if graphed else "dense"].value
-    return {"dense": dense, "experts": dense if graphed or static_experts else fitted.host["experts"].value}
 
 
 def _overlap(era: Era) -> dict[str, bool]:

@@ -123,11 +123,12 @@ def block_times(kernels: KernelTimes, prices: Prices, running: Running) -> Block
     Kernels are slowed down, those that memory bounds by a factor of their own. Communication that the era
     overlaps is exposed by the share that cannot be hidden, or by what does not fit beside the phase's
     compute: max((1 − h)·t, t − compute). Between launches stands a gap, and a phase that takes hardly longer
-    than launching its ops waits for that too: `host` is (work⁴ + launches⁴)^¼ − work.
+    than launching its ops waits for that too: `host` is (work⁴ + launches⁴)^¼ − work, where work leaves out
+    the exchange of tokens: its sizes come back to the host, which cannot run ahead of it.
     """
     times: BlockTimes = {}
-    has_experts = np.any(kernels["forward"]["grouped"] > 0)
-    host_s = prices.host_s["experts" if has_experts else "dense"]
+    has_experts = bool(np.any(kernels["forward"]["grouped"] > 0))
+    host_s, gap_s = _launching(has_experts, prices, running)
     for phase, of_phase in kernels.items():
         compute = compute_in_step(of_phase, prices)
         parts: PhaseParts = {"compute": compute}
@@ -135,11 +136,24 @@ def block_times(kernels: KernelTimes, prices: Prices, running: Running) -> Block
             parts[axis] = exposed(
                 comm_in_step(of_phase, axis, prices), compute, _hidden(axis, prices, running)
             )
-        work = sum(parts.values())
+        work = sum(parts.values()) - parts["ep"]
         launching = of_phase["launches"] * host_s
-        parts["host"] = np.sqrt(np.sqrt(work**4 + launching**4)) - work + of_phase["launches"] * prices.gap_s
+        parts["host"] = np.sqrt(np.sqrt(work**4 + launching**4)) - work + of_phase["launches"] * gap_s
         times[phase] = parts
     return times
+
+
+def _launching(has_experts: bool, prices: Prices, running: Running) -> tuple[float, float]:
+    """Seconds of launching one op, and of the gap behind it.
+
+    A captured graph holds a block with experts only where no size comes back from the GPU: with HybridEP, or
+    with a fixed capacity.
+    """
+    fixed = prices.static_experts or running.dispatcher == "hybridep"
+    if prices.graphed and (fixed or not has_experts):
+        return prices.constants.host["graph"].value, 0.0
+    eager = "experts" if has_experts and not prices.static_experts else "dense"
+    return prices.constants.host[eager].value, prices.constants.gap.value
 
 
 def compute_in_step(kernels: PhaseParts, prices: Prices) -> Array:

@@ -188,7 +188,7 @@ def dispatchers_of(row: Row, engine: EngineName) -> tuple[Dispatcher, ...]:
     """The dispatchers that a row may have run with: one where it names it, else those of its time.
 
     Megatron exchanges by NCCL all-to-all unless its flexible dispatcher is chosen: DeepEP on nodes of
-    eight, HybridEP within a rack of NVLink.
+    eight, HybridEP within a rack of NVLink, where Megatron-Bridge's recipes of 2026 all set it.
     """
     text = row.dispatcher_overlap.lower()
     for pattern, name in _DISPATCHERS:
@@ -196,7 +196,9 @@ def dispatchers_of(row: Row, engine: EngineName) -> tuple[Dispatcher, ...]:
             return (name,)
     if not row.num_experts or (row.year or 2025) < 2025 or engine != "megatron":
         return ("alltoall",)
-    return ("hybridep", "alltoall") if "nvl" in row.interconnect.lower() else ("deepep", "alltoall")
+    if "nvl" not in row.interconnect.lower():
+        return ("deepep", "alltoall")
+    return ("hybridep",) if (row.year or 2025) >= 2026 else ("hybridep", "alltoall")
 
 
 _DISPATCHERS: tuple[tuple[str, Dispatcher], ...] = (
