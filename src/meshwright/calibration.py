@@ -37,7 +37,8 @@ class MatmulCurve(Noun):
     + (bytes / (bandwidth·memory))^4)^(1/4): a roofline whose corner is rounded, with dims that are padded by
     half a tile. `rate` is for forward; the others are relative to it. `cast_bytes` and `cast_launch_s` are
     what the measured operators took to cast the left operand to fp8, per element and in all: they are kept
-    for information and are no part of the price.
+    for information and are no part of the price. `forward_only` says that forward alone was measured, and
+    that the gradients have the ratios of relatives.
     """
 
     rate: float
@@ -51,6 +52,7 @@ class MatmulCurve(Noun):
     group_launch_s: float = 0.0
     cast_bytes: float = 0.0
     cast_launch_s: float = 0.0
+    forward_only: bool = False
     measured: Mapping[str, tuple[float, float]] = {}
     fit: Fit
 

@@ -261,6 +261,6 @@ def collective_basis(
         if tier.curve is None or not tier.curve.flows[name].fit.points:
             return "assumed"
         flow = tier.curve.flows[name]
-        if abs(tier.bandwidth / tier.curve.bandwidth - 1) > 0.02 or group.ranks > flow.ranks:
+        if abs(tier.bandwidth / tier.curve.bandwidth - 1) > 0.02 or within > flow.ranks:
             found = "interpolated"
     return found

@@ -70,7 +70,7 @@ class ComputeRates:
 
     `memory` maps a kind to its seconds per byte and launch. `sustained_fraction` is what long runs of large
     matmuls keep of the rate at full clock, where that was measured. `is_own` says that the curves were
-    measured on this GPU or its siblings.
+    measured on this GPU or its siblings; never so for fp32.
     """
 
     matmul: MatmulRates
@@ -113,7 +113,7 @@ def compute_rates(
         sustained_fraction=generation.sustained,
         generation=generation,
         dtype=dtype,
-        is_own=is_own,
+        is_own=is_own and precision != "fp32",
         flat_flops_per_s=None if flat.compute is None else flat.compute * peak,
         flat_bytes_per_s=None if flat.bandwidth is None else flat.bandwidth * bandwidth,
     )
@@ -255,7 +255,9 @@ def _behind(
             by_type = generation.matmul if kind is OpKind.MATMUL else generation.grouped_matmul
             curve = _of_type(by_type, rates.dtype)
             groups, m, n, k = sizes if kind is OpKind.GROUPED_MATMUL else (1, *sizes)
-            return {"groups": groups, "m": m / groups, "n": n, "k": k}, curve.fit, curve.measured
+            timed = phase in ("forward", "recompute") or not curve.forward_only
+            named = {"groups": groups, "m": m / groups, "n": n, "k": k}
+            return named, curve.fit, curve.measured if timed else {}
         case OpKind.ATTENTION:
             forward = phase in ("forward", "recompute")
             attention = generation.attention["forward" if forward else "backward"]
