@@ -34,6 +34,7 @@ class Stated:
     expert_overlap: bool | None
     communication_overlap: bool | None
     routing: RoutingKind
+    static_experts: bool
     compiled: bool | None
     cuda_graphs: bool | None
     offload: frozenset[str]
@@ -57,6 +58,7 @@ def stated_policy(row: Row, assumed: dict[str, str]) -> Stated:
         expert_overlap=expert_overlap_of(row.dispatcher_overlap),
         communication_overlap=_communication_overlap(row.dispatcher_overlap),
         routing=routing_of(row.routing),
+        static_experts=has_fixed_capacity(row.routing),
         compiled=_compiled(text, row),
         cuda_graphs=True if re.search(r"cuda.?graph|\bcg\b", text) else None,
         offload=offload_of(f"{row.zero}; {row.dispatcher_overlap}; {row.notes}"),
@@ -232,6 +234,11 @@ def routing_of(text: str) -> RoutingKind:
     if re.search(r"natural|real data", lower):
         return "natural"
     return "balanced" if re.search(r"balanc|capacity|drop|pad", lower) else "unstated"
+
+
+def has_fixed_capacity(text: str) -> bool:
+    """Whether every expert takes a fixed number of tokens: a capacity, by dropping or padding."""
+    return bool(re.search(r"capacity|token.?drop|\bdrop\b", text.lower()))
 
 
 def _sequence_parallel(row: Row, engine: EngineName) -> bool | None:

@@ -1,0 +1,101 @@
+"""What the step-time and memory models say of a run, before it is held against its measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import exp, log, sqrt
+from typing import Any
+
+import numpy as np
+
+from meshwright.cost.constants import Constants
+from meshwright.planner.estimate import Measured, compose, measure
+from meshwright.planner.interval import half_width_of
+from meshwright.planner.prices import Conditions, prices
+from meshwright.validate.described import Run
+from meshwright.validate.score import Prediction
+
+Array = Any
+MOST_PRICED = 8
+"""Candidates of a run that are priced: the first, the last and evenly between, in the order of plausibility."""
+_SPREAD_80 = 1.2816
+"""Standard deviations of a normal distribution on either side that hold 80 % of it."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose candidates are priced by curves, so that only the constants are left to choose."""
+
+    run: Run
+    conditions: Conditions
+    measured: tuple[Measured, ...]
+
+
+def conditions_of(run: Run) -> Conditions:
+    """What a row states about how it was executed."""
+    stated = run.stated
+    overlap: Mapping[str, bool] = {}
+    if stated.communication_overlap is not None:
+        overlap = dict.fromkeys(("tensor", "data", "pipeline"), stated.communication_overlap)
+    return Conditions(
+        era=stated.era,
+        overlap=overlap,
+        graphed=stated.cuda_graphs,
+        balanced=stated.routing != "natural",
+        static_experts=stated.static_experts,
+    )
+
+
+def prepare(run: Run) -> Prepared:
+    """Price a run's candidates by the curves of kernels and links."""
+    stated = conditions_of(run)
+    candidates = run.candidates
+    if len(candidates) > MOST_PRICED:
+        kept = np.linspace(0, len(candidates) - 1, MOST_PRICED).round().astype(int)
+        candidates = tuple(candidates[index] for index in kept)
+    measured = []
+    for candidate in candidates:
+        plan = candidate.plan
+        priced = prices(plan.cluster, plan.workload.precision, plan.policy.engine, stated)
+        measured.append(measure(plan, priced, stated))
+    return Prepared(run, stated, tuple(measured))
+
+
+def step_times(prepared: Prepared, values: Constants | None = None) -> list[float]:
+    """Seconds of a step of every priced candidate, under given constants."""
+    times = []
+    for measured in prepared.measured:
+        plan = measured.plan
+        priced = prices(
+            plan.cluster, plan.workload.precision, plan.policy.engine, prepared.conditions, values
+        )
+        times.append(compose(measured, priced).total_s)
+    return times
+
+
+def log_time(prepared: Prepared, values: Constants | None = None) -> float:
+    """Natural logarithm of the median candidate's step time."""
+    return float(np.median(np.log(step_times(prepared, values))))
+
+
+def predicted(
+    run: Run, times: Sequence[float], memory_bytes: int | None, half_width: float | None = None
+) -> Prediction:
+    """A run's prediction from its candidates' step times: the median, and an interval that is as wide as the
+    residuals of its group and the spread of the candidates together (independent, in logarithms)."""
+    logs = np.log(times)
+    centre = float(np.median(logs))
+    width = half_width_of(run.group) if half_width is None else half_width
+    width = sqrt(width**2 + (_SPREAD_80 * float(np.std(logs))) ** 2)
+    open_ = sorted({name for candidate in run.candidates for name in candidate.assumed})
+    words = f"80 % of {run.group} rows lie within a factor {exp(width):.2f}"
+    if open_:
+        words += f"; not stated: {', '.join(open_)}"
+    return Prediction(run.id, exp(centre), exp(centre - width), exp(centre + width), memory_bytes, words)
+
+
+def error_of(prepared: Prepared, values: Constants | None = None) -> float:
+    """Logarithm of predicted over measured time. The run must have a measured time."""
+    assert prepared.run.measured_s is not None
+    return log_time(prepared, values) - log(prepared.run.measured_s)
