@@ -20,7 +20,7 @@ from meshwright.ir.tasks import Phase
 from meshwright.plan import Plan
 from meshwright.planner.pipeline import pipeline_time
 from meshwright.planner.prices import Conditions, Prices, prices
-from meshwright.planner.routing import load_factor
+from meshwright.planner.routing import fanout_of, load_factor
 from meshwright.planner.step import StepComm, exposed_data, optimizer_seconds, step_comm
 from meshwright.planner.times import (
     AXES,
@@ -94,7 +94,7 @@ def measure(
     program = lower(plan, sequence_length)
     groups = axis_groups(plan.cluster, plan.layout.degrees())
     load = load_factor(plan, priced, conditions.balanced)
-    running = Running(plan.policy.dispatcher, plan.policy.expert_overlap, load)
+    running = Running(plan.policy.dispatcher, plan.policy.expert_overlap, load, fanout_of(plan.model))
     kinds, counts = _kinds(program)
     ranks = range(plan.layout.pp)
     sends: list[Mapping[Phase, Array]] = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from meshwright.cluster import Cluster
 from meshwright.cost.collectives import LinkRates, link_rates
-from meshwright.cost.compute import ComputeRates, compute_rates
+from meshwright.cost.compute import ComputeRates, Recipe, compute_rates
 from meshwright.cost.constants import Constants, constants, generation_of
 from meshwright.eras import Era, era_named, era_of
 from meshwright.policy import EngineName
@@ -22,6 +22,7 @@ class Conditions:
     """What a run states about how it was executed, beyond its plan.
 
     `overlap` replaces facts of the era, and so does `graphed`: whether captured CUDA graphs launch the ops.
+    `fp8_recipe` is how fp8 is scaled: by default per tensor on Hopper, per block (MXFP8) on Blackwell.
     `balanced` is False for real routing that nobody described; `static_experts` is True where every expert
     takes a fixed number of tokens, so that no size has to come back from the GPU.
     """
@@ -29,6 +30,7 @@ class Conditions:
     era: str | None = None
     overlap: Overlap = field(default_factory=dict)
     graphed: bool | None = None
+    fp8_recipe: Recipe | None = None
     balanced: bool = True
     static_experts: bool = False
 
@@ -79,9 +81,11 @@ def prices(
     # A file that states one flat efficiency has said what kernels reach: nothing is put on top of it.
     flat = cluster.efficiency is not None and cluster.efficiency.compute is not None
     generation = generation_of(cluster.gpu.name)
+    usual: Recipe = "block" if generation.startswith("blackwell") else "tensor"
+    recipe = stated.fp8_recipe or usual
     return Prices(
         cluster=cluster,
-        compute=compute_rates(cluster.gpu, precision, cluster.efficiency),
+        compute=compute_rates(cluster.gpu, precision, cluster.efficiency, recipe),
         precise=compute_rates(cluster.gpu, fine, cluster.efficiency),
         links=link_rates(cluster),
         constants=fitted,

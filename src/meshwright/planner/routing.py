@@ -6,6 +6,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from meshwright.model import Model
+from meshwright.cost.collectives import UNIFORM, Fanout
+from meshwright.model import Model
 from meshwright.plan import Plan
 from meshwright.planner.prices import Prices
 from meshwright.workload import Lognormal, Routing, RoutingCounts, Zipf
@@ -14,16 +17,34 @@ DRAWS = 64
 _SEED = 20
 
 
+def fanout_of(model: Model) -> Fanout:
+    """How a token's experts spread over domains of experts."""
+    if not model.is_moe:
+        return UNIFORM
+    limited = model.router.num_groups > 1
+    return Fanout(
+        model.num_experts,
+        model.num_experts_per_tok,
+        model.router.num_groups if limited else None,
+        model.router.num_limited_groups if limited else None,
+    )
+
+
 def load_factor(plan: Plan, priced: Prices, balanced: bool = True) -> float:
     """Load of the fullest rank of an expert group over the mean.
 
     1 under balanced routing; where routing is real but not described, the fitted constant.
     """
-    if plan.layout.ep == 1 or not plan.model.is_moe:
+    return load_over(plan.model, plan.workload.routing, plan.layout.ep, priced, balanced)
+
+
+def load_over(model: Model, routing: Routing, ep: int, priced: Prices, balanced: bool = True) -> float:
+    """The same for a model whose experts are divided over ep ranks."""
+    if ep == 1 or not model.is_moe:
         return 1.0
-    if plan.workload.routing == "balanced":
+    if routing == "balanced":
         return 1.0 if balanced else priced.constants.natural_routing.value
-    return fullest_rank(plan.workload.routing, plan.model.num_experts, plan.layout.ep)
+    return fullest_rank(routing, model.num_experts, ep)
 
 
 def fullest_rank(routing: Routing, num_experts: int, ep: int) -> float:

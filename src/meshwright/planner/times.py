@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.cluster import Cluster
-from meshwright.cost.collectives import collective_seconds
+from meshwright.cost.collectives import UNIFORM, Fanout, collective_seconds
 from meshwright.cost.compute import compute_seconds
 from meshwright.cost.placement import Group, group_on
 from meshwright.ir.graph import CollectiveKind, OpKind
@@ -63,12 +63,13 @@ class Running:
     """How a layout runs its blocks, beyond the tasks themselves.
 
     `load` is the fullest expert rank's load over the mean; `overlaps_experts` says that expert communication
-    runs beside another micro-batch's compute.
+    runs beside another micro-batch's compute; `fanout` is how a token's experts spread.
     """
 
     dispatcher: Dispatcher
     overlaps_experts: Array = False
     load: Array = 1.0
+    fanout: Fanout = UNIFORM
 
 
 def axis_groups(cluster: Cluster, degrees: Mapping[str, Array]) -> dict[str, Group]:
@@ -223,6 +224,6 @@ def price_collective(
     if task.kind is CollectiveKind.ALL_TO_ALL:
         size = size * running.load
     group = groups[task.axis]
-    seconds = collective_seconds(prices.links, task.kind, size, group, running.dispatcher)
+    seconds = collective_seconds(prices.links, task.kind, size, group, running.dispatcher, running.fanout)
     leaves = np.asarray(group.inner) < np.asarray(group.ranks)
     return seconds * ~leaves, seconds * leaves

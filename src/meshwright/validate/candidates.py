@@ -231,6 +231,7 @@ def _plan(parts: Described, values: dict[str, Any]) -> Plan:
         dispatcher=values["dispatcher"],
         expert_overlap=values["expert_overlap"] and layout.ep > 1,
         layers_per_stage=split_layers(parts.model.num_hidden_layers, layout.num_stages),
+        settings=stated.settings,
     )
     workload = Workload(
         global_batch_size=batch,

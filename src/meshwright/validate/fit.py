@@ -1,8 +1,8 @@
 """The fit of the global constants to measured step times, with recipes held back.
 
-Minimises Σ w·|log predicted − log measured| by iteratively reweighted Gauss-Newton steps in logarithms (shares
-in logits), with a weak pull towards each constant's starting value. Rows of one recipe share their weight, and
-so do groups, so that a source with many rows does not decide alone.
+Minimises Σ w·|log predicted − log measured| by iteratively reweighted Gauss-Newton steps in logarithms
+(shares in logits), with a weak pull towards each constant's starting value. Rows of one recipe share their
+weight, and so do groups, so that a source with many rows does not decide alone.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def fit(
     x = centre if start is None else np.array([_encoded(n, start.values[n]) for n in names])
     share = weights(rows)
     share = share / share.mean()
-    jacobian = None if start is None else start.jacobian
+    jacobian: Array = None if start is None else start.jacobian
     for iteration in range(iterations):
         errors = _errors(rows, base, names, x)
         progress(f"iteration {iteration + 1}: mean error {np.mean(np.abs(np.expm1(errors))):.1%}")

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from meshwright.cost.memory import RankMemory
 from meshwright.validate.rows import Row
 
 GIB = 2**30
@@ -58,6 +59,12 @@ def throughput_of(row: Row) -> Throughput | None:
     if row.tokens_per_s_per_gpu:
         return Throughput(row.tokens_per_s_per_gpu, "tokens/s/GPU")
     return None
+
+
+def seen_bytes(rank: RankMemory, view: MemoryView) -> int:
+    """What a measurement would have read of a rank's memory. A source that does not say whose count it is has
+    it from a training log, which prints what is allocated."""
+    return rank.reserved_bytes if view == "reserved" else rank.allocated_bytes
 
 
 def memory_of(row: Row) -> MeasuredMemory | None:

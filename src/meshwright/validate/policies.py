@@ -6,7 +6,17 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from meshwright.policy import Dispatcher, EngineName, Recompute, ScheduleName, ZeroStage
+from meshwright.cost.compute import Recipe
+from meshwright.policy import (
+    Dispatcher,
+    EngineName,
+    EngineSettings,
+    FloatType,
+    Recompute,
+    RecomputeModule,
+    ScheduleName,
+    ZeroStage,
+)
 from meshwright.validate.refusal import RefusedError
 from meshwright.validate.rows import Row
 from meshwright.workload import Precision
@@ -18,18 +28,18 @@ RoutingKind = Literal["balanced", "natural", "unstated"]
 class Stated:
     """What a row says of how it ran; None is unknown.
 
-    `recompute_modules` are the parts that selective recompute names; `era` is the engine's line and time,
-    which constants may depend on.
+    `era` is the engine's line and time, which constants may depend on.
     """
 
     engine: EngineName
     era: str
     precision: Precision
+    fp8_recipe: Recipe | None
     zero_stage: ZeroStage
     schedule: ScheduleName | None
     sequence_parallel: bool | None
     recompute: Recompute | None
-    recompute_modules: frozenset[str]
+    settings: EngineSettings
     dispatchers: tuple[Dispatcher, ...]
     expert_overlap: bool | None
     communication_overlap: bool | None
@@ -49,17 +59,18 @@ def stated_policy(row: Row, assumed: dict[str, str]) -> Stated:
         engine=engine,
         era=era_of(row, engine),
         precision=precision_of(row.precision, row.gpu, row.year, assumed),
+        fp8_recipe=fp8_recipe_of(row.precision),
         zero_stage=zero_stage_of(row.zero, engine, assumed),
         schedule=schedule_of(row.dispatcher_overlap),
         sequence_parallel=_sequence_parallel(row, engine),
         recompute=level,
-        recompute_modules=modules,
+        settings=settings_of(row, engine, modules),
         dispatchers=dispatchers_of(row, engine),
         expert_overlap=expert_overlap_of(row.dispatcher_overlap),
         communication_overlap=_communication_overlap(row.dispatcher_overlap),
         routing=routing_of(row.routing),
         static_experts=has_fixed_capacity(row.routing),
-        compiled=_compiled(text, row),
+        compiled=_compiled(text),
         cuda_graphs=True if re.search(r"cuda.?graph|\bcg\b", text) else None,
         offload=offload_of(f"{row.zero}; {row.dispatcher_overlap}; {row.notes}"),
     )
@@ -119,6 +130,14 @@ def precision_of(spelling: str, gpu: str, year: int | None, assumed: dict[str, s
     return "fp16" if old else "bf16"
 
 
+def fp8_recipe_of(spelling: str) -> Recipe | None:
+    """How a spelling says that fp8 is scaled; None where it does not say."""
+    text = spelling.lower()
+    if re.search(r"mx|block|sub.?channel", text):
+        return "block"
+    return "tensor" if re.search(r"\bcs\b|-cs|\bds\b|tensor|rowwise|delayed|current", text) else None
+
+
 def zero_stage_of(spelling: str, engine: EngineName, assumed: dict[str, str]) -> ZeroStage:
     """The ZeRO stage that a spelling means; without one, the engine's usual."""
     text = spelling.lower()
@@ -162,27 +181,60 @@ _SCHEDULES: tuple[tuple[str, ScheduleName], ...] = (
 )
 
 
-def recompute_of(text: str) -> tuple[Recompute | None, frozenset[str]]:
-    """How much is computed again in backward, and the parts that a selective setting names."""
+def settings_of(row: Row, engine: EngineName, modules: tuple[RecomputeModule, ...]) -> EngineSettings:
+    """How the engine is set, as the framework's published recipes set it.
+
+    Megatron-Bridge's recipes keep and reduce gradients in bf16 and let one TransformerEngine kernel make the
+    loss (perf_recipes/_common.py), and those of mixtures of experts keep moments in bf16
+    (perf_recipes/deepseek/common.py, perf_recipes/qwen, recipes/moonlight; Megatron-Bridge@067f987d).
+    torchtitan compiles its loss with the model since 2025.
+    """
+    if engine == "megatron" and "bridge" in row.framework.lower():
+        moments: FloatType = "bf16" if row.num_experts else "fp32"
+        return EngineSettings(
+            gradients="bf16", moments=moments, loss="fused", recompute_modules=modules or None
+        )
+    compiled = engine == "torchtitan" and _compiled(row.dispatcher_overlap.lower())
+    fused = compiled and dated(row) >= FIRST_COMPILED_LOSS
+    return EngineSettings(loss="fused" if fused else None, recompute_modules=modules or None)
+
+
+FIRST_COMPILED_LOSS = 2025.0
+
+
+def dated(row: Row) -> float:
+    """When a run was made, in years: the month in its source's name, else its year."""
+    month = re.search(r"(20\d\d)[-_]?(0[1-9]|1[0-2])(?!\d)", row.source_path)
+    if month:
+        return int(month[1]) + (int(month[2]) - 1) / 12
+    return float(row.year or 2025)
+
+
+def recompute_of(text: str) -> tuple[Recompute | None, tuple[RecomputeModule, ...]]:
+    """How much is computed again in backward, and the parts that a selective setting names.
+
+    `core_attn` alone is what Megatron repeats unless told otherwise, and torchtitan's selection has no parts:
+    both are the engine's usual.
+    """
     lower = text.lower()
     if not lower:
-        return None, frozenset()
+        return None, ()
     if re.match(r"none|no\b|off|false", lower):
-        return "none", frozenset()
+        return "none", ()
     if lower.startswith("full"):
-        return "full", frozenset()
-    found = {name for name, pattern in _MODULES.items() if re.search(pattern, lower)}
-    return "selective", frozenset(found)
+        return "full", ()
+    found = tuple(name for name, pattern in _MODULES.items() if re.search(pattern, lower))
+    return "selective", () if found == ("core_attn",) else found
 
 
-_MODULES = {
+_MODULES: dict[RecomputeModule, str] = {
     "core_attn": r"core.?attn|core.?attention|selective \(core",
     "layernorm": r"layer.?norm|rmsnorm|\bnorm\b",
     "mla_up_proj": r"up.?proj",
     "moe_act": r"moe.?act|\bact\b|swiglu",
     "mlp": r"\bmlp\b",
     "moe": r"\bmoe\b(?!.act)",
-    "per_op": r"per-op|sac\b|config default",
+    "shared_experts": r"shared.?expert",
 }
 
 
@@ -198,7 +250,7 @@ def dispatchers_of(row: Row, engine: EngineName) -> tuple[Dispatcher, ...]:
             return (name,)
     if not row.num_experts or (row.year or 2025) < 2025 or engine != "megatron":
         return ("alltoall",)
-    if "nvl" not in row.interconnect.lower():
+    if not re.search(r"nvl\d", row.interconnect.lower()):
         return ("deepep", "alltoall")
     return ("hybridep",) if (row.year or 2025) >= 2026 else ("hybridep", "alltoall")
 
@@ -248,7 +300,7 @@ def _sequence_parallel(row: Row, engine: EngineName) -> bool | None:
     return False if engine == "deepspeed" or (row.year or 2025) <= 2021 else None
 
 
-def _compiled(text: str, row: Row) -> bool | None:
+def _compiled(text: str) -> bool | None:
     if re.search(r"\bcompile\b", text):
         return True
     return False if re.search(r"\beager\b", text) else None

@@ -18,7 +18,7 @@ from meshwright.validate.score import Prediction
 
 Array = Any
 MOST_PRICED = 8
-"""Candidates of a run that are priced: the first, the last and evenly between, in the order of plausibility."""
+"""Candidates of a run that are priced: the first, the last and evenly between."""
 _SPREAD_80 = 1.2816
 """Standard deviations of a normal distribution on either side that hold 80 % of it."""
 
@@ -42,6 +42,7 @@ def conditions_of(run: Run) -> Conditions:
         era=stated.era,
         overlap=overlap,
         graphed=stated.cuda_graphs,
+        fp8_recipe=stated.fp8_recipe,
         balanced=stated.routing != "natural",
         static_experts=stated.static_experts,
     )
