@@ -6,7 +6,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from meshwright.model import Model
 from meshwright.cost.collectives import UNIFORM, Fanout
 from meshwright.model import Model
 from meshwright.plan import Plan
