@@ -10,7 +10,7 @@ from typing import Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from meshwright.files import Noun, parse_yaml
-from meshwright.policy import Dispatcher, EngineName, ScheduleName, ZeroStage
+from meshwright.policy import Dispatcher, EngineName, EngineSettings, Policy, ScheduleName, ZeroStage
 from meshwright.units import Bytes, Count, Share
 from meshwright.workload import Precision
 
@@ -34,22 +34,37 @@ class Fact(BaseModel, Generic[ValueT]):
         return self.source.startswith("assumed:")
 
 
+class LogitBytes(Noun):
+    """Bytes per logit: kept from forward to backward, and the most at once (the kept ones included), where
+    each rank has all of a token's logits and where tp divides them."""
+
+    kept: Count
+    peak: Count
+    divided_peak: Count
+
+
 class Engine(Noun):
     """Facts of one engine.
 
     Bytes are per parameter or per rank; the booleans say which tensors a layer keeps for backward (see
     `ir/blocks.py`); the lists say what the engine runs at all. `reduces_gradients` is for ZeRO-2 and 3
     without a pipeline: with one, gradients add up over the micro-batches and are reduced once.
+    `selective` names what selective recompute repeats: classes of ops, Megatron's modules, or `per_op` (see
+    `ir/recompute.py`). `slack` is a share of all that tensors hold.
     """
 
     title: str
     gradient_bytes: Fact[Count]
+    moment_bytes: Fact[Count]
     reduces_gradients: Fact[Reduction]
     master_in_parameter: Fact[bool]
     saves_gathered_input: Fact[bool]
     fused_activation: Fact[bool]
     probs_before_down: Fact[bool]
-    fp32_logits: Fact[bool]
+    fp8_inputs: Fact[bool]
+    placeholder_gradients: Fact[bool]
+    loss: Fact[LogitBytes]
+    fused_loss: Fact[LogitBytes]
     vocabulary_multiple: Fact[Count]
     selective: Fact[tuple[str, ...]]
     etp_follows_tp: Fact[bool]
@@ -79,3 +94,26 @@ def engines() -> Mapping[str, Engine]:
 def engine_named(name: EngineName) -> Engine:
     """The facts of one engine."""
     return engines()[name]
+
+
+def engine_of(policy: Policy) -> Engine:
+    """The facts of a policy's engine, with what its settings change."""
+    return _as_set(policy.engine, policy.settings)
+
+
+_FLOAT_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@cache
+def _as_set(name: EngineName, settings: EngineSettings) -> Engine:
+    engine, stated = engine_named(name), "stated in policy.settings"
+    changed: dict[str, object] = {}
+    if settings.gradients is not None:
+        changed["gradient_bytes"] = Fact[Count](value=_FLOAT_BYTES[settings.gradients], source=stated)
+    if settings.moments is not None:
+        changed["moment_bytes"] = Fact[Count](value=_FLOAT_BYTES[settings.moments], source=stated)
+    if settings.loss == "fused":
+        changed["loss"] = engine.fused_loss
+    if settings.recompute_modules is not None:
+        changed["selective"] = Fact[tuple[str, ...]](value=settings.recompute_modules, source=stated)
+    return engine.model_copy(update=changed) if changed else engine

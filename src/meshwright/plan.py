@@ -137,6 +137,8 @@ def resolve_policy(deployment: Deployment, layout: Layout) -> tuple[Policy, dict
     default("recompute", "none", "keep all activations")
     default("dispatcher", "alltoall", "tokens travel to their experts")
     default("expert_overlap", False, "no overlap of expert communication")
+    if "settings" not in chosen:
+        used["policy.settings"] = "the engine's usual"
     if "layers_per_stage" not in chosen:
         stages = split_layers(deployment.model.num_hidden_layers, layout.num_stages)
         chosen["layers_per_stage"] = stages

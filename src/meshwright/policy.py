@@ -15,6 +15,12 @@ Recompute = Literal["none", "selective", "full"]
 Dispatcher = Literal["allgather", "alltoall", "deepep", "hybridep"]
 ZeroStage = Literal[0, 1, 2, 3]
 
+RecomputeModule = Literal[
+    "core_attn", "layernorm", "mla_up_proj", "moe_act", "mlp", "moe", "shared_experts"
+]
+"""Parts that selective recompute repeats, by Megatron Core's names (transformer_config.py)."""
+FloatType = Literal["fp32", "bf16"]
+
 SCHEDULES: tuple[ScheduleName, ...] = get_args(ScheduleName)
 CHUNKED_SCHEDULES: frozenset[ScheduleName] = frozenset(SCHEDULES[2:])
 """Schedules in which a rank holds more than one chunk of the model."""
@@ -24,6 +30,20 @@ V_SCHEDULES: frozenset[ScheduleName] = frozenset(("ZBVZeroBubble", "DualPipeV"))
 
 SPLIT_BACKWARD: frozenset[ScheduleName] = frozenset(("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"))
 """Schedules that run the input gradient and the weight gradient of a micro-batch apart."""
+
+
+class EngineSettings(Noun):
+    """How an engine is set where that changes what it keeps or sends; what is missing is the engine's usual.
+
+    `gradients`: the type that gradients add up and are reduced in; `moments`: that of the optimizer's two
+    moments; `loss`: whether one kernel makes the loss, with no FP32 copy of the logits; `recompute_modules`:
+    what `recompute: selective` repeats.
+    """
+
+    gradients: FloatType | None = None
+    moments: FloatType | None = None
+    loss: Literal["eager", "fused"] | None = None
+    recompute_modules: tuple[RecomputeModule, ...] | None = None
 
 
 class PolicyRequest(Noun):
@@ -38,6 +58,7 @@ class PolicyRequest(Noun):
     dispatcher: Dispatcher | None = None
     expert_overlap: bool | None = None
     layers_per_stage: tuple[Count, ...] | None = None
+    settings: EngineSettings | None = None
 
 
 class Policy(Noun):
@@ -56,3 +77,4 @@ class Policy(Noun):
     dispatcher: Dispatcher
     expert_overlap: bool
     layers_per_stage: tuple[Count, ...]
+    settings: EngineSettings = EngineSettings()

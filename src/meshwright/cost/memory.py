@@ -20,6 +20,8 @@ from meshwright.cost.parts import (
     bucket_bytes,
     context_bytes,
     gathered_bytes,
+    head_bytes,
+    placeholder_bytes,
     slack_bytes,
     states,
     transient_bytes,
@@ -46,6 +48,7 @@ __all__ = [
     "worst",
 ]
 
+CONTEXT, SLACK = "runtime context", "allocator slack"
 CPU_CONTEXT_SOURCE = "assumed: Python, torch and gloo in a process of its own"
 
 
@@ -70,8 +73,18 @@ class RankMemory:
 
     @property
     def total_bytes(self) -> int:
-        """Sum of all lines."""
+        """Sum of all lines: what the driver reports."""
         return sum(line.bytes for line in self.lines)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What PyTorch's allocator has taken from the driver (torch.cuda.max_memory_reserved)."""
+        return self.total_bytes - self.line(CONTEXT)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What tensors hold (torch.cuda.max_memory_allocated)."""
+        return self.reserved_bytes - self.line(SLACK)
 
     def line(self, name: str) -> int:
         """Bytes of one line; 0 where the rank has none."""
@@ -112,7 +125,12 @@ class _Blocks:
         """The bytes of a block."""
         kind = self.kind(block.name)
         if kind not in self.bytes:
-            self.bytes[kind] = block_bytes(block, self.program.plan.workload.compute_bytes)
+            plan = self.program.plan
+            self.bytes[kind] = (
+                head_bytes(block, self.setting, plan.layout.tp)
+                if block.name == "head"
+                else block_bytes(block, plan.workload.compute_bytes)
+            )
         return self.bytes[kind]
 
     def held(self, params: Iterable[Param]) -> tuple[Holding, int]:
@@ -142,11 +160,10 @@ def _rank_memory(blocks: _Blocks, pp_rank: int) -> RankMemory:
         *_transient(blocks, stages),
         *_buffers(blocks, stages, largest),
     ]
-    dynamic = sum(line.bytes for line in lines if line.name not in STATES)
     fact = program.engine.slack
-    share = f"{100 * fact.value:g}% of activations and buffers"
-    slack = slack_bytes(setting, dynamic)
-    lines.append(MemoryLine("allocator slack", slack, f"{share}; {fact.source}", fact.is_assumed))
+    share = f"{100 * fact.value:g}% of what tensors hold"
+    slack = slack_bytes(setting, sum(line.bytes for line in lines))
+    lines.append(MemoryLine(SLACK, slack, f"{share}; {fact.source}", fact.is_assumed))
     lines.append(_context(setting))
     kept = tuple(line for line in lines if line.bytes)
     return RankMemory(pp_rank, tuple(stage.index for stage in stages), kept, peak.num_in_flight)
@@ -156,8 +173,8 @@ def _context(setting: Setting) -> MemoryLine:
     """What the runtime holds before the model: a CUDA context on a GPU, a Python process on a CPU."""
     size, fact = context_bytes(setting), setting.engine.context
     if setting.is_local:
-        return MemoryLine("runtime context", size, CPU_CONTEXT_SOURCE, True)
-    return MemoryLine("runtime context", size, fact.source, fact.is_assumed)
+        return MemoryLine(CONTEXT, size, CPU_CONTEXT_SOURCE, True)
+    return MemoryLine(CONTEXT, size, fact.source, fact.is_assumed)
 
 
 def state_widths(plan: Plan) -> dict[str, int]:
@@ -229,6 +246,8 @@ def _transient(blocks: _Blocks, stages: tuple[StageProgram, ...]) -> Iterator[Me
     yield MemoryLine("activation gradients", gradients, why, True)
     why = "assumed: both sides of the largest exchange"
     yield MemoryLine("expert dispatch buffers", exchanged, why, True)
+    why = "empty weight gradients, one for each shape of a layer's weights"
+    yield MemoryLine("gradient placeholders", placeholder_bytes(blocks.setting, own.values()), why)
 
 
 def _buffers(blocks: _Blocks, stages: tuple[StageProgram, ...], largest: int) -> Iterator[MemoryLine]:

@@ -6,14 +6,15 @@ One plan (`cost/memory.py`) and a search over many layouts read the same functio
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 from meshwright.cluster import LOCAL_GPU, Cluster
-from meshwright.engines import Engine, engine_named
+from meshwright.engines import Engine, engine_of
 from meshwright.ir.elementwise import larger, rounded, smaller
 from meshwright.ir.graph import OpKind
 from meshwright.ir.holding import Holding
-from meshwright.ir.lowering import LoweredBlock
+from meshwright.ir.lowering import MATMULS, LoweredBlock
 from meshwright.ir.step import reduces_in_backward
 from meshwright.ir.tasks import ComputeTask
 from meshwright.plan import Plan
@@ -22,7 +23,6 @@ from meshwright.workload import Workload
 
 LOGITS = ("head.logits", "head.probabilities")
 STATES = ("weights", "gradients", "optimizer states")
-ADAM_STATE_BYTES = 8
 CPU_CONTEXT_BYTES = 250_000_000
 MASTER_BYTES = 4
 ACTIVE_STAGES = 3
@@ -45,7 +45,7 @@ class Setting:
         """That of a plan."""
         policy = plan.policy
         return cls(
-            engine_named(policy.engine),
+            engine_of(policy),
             plan.workload,
             policy.zero_stage,
             plan.layout.pp,
@@ -66,10 +66,10 @@ class Setting:
 
     def widths(self) -> dict[str, int]:
         """Bytes per parameter of each state: weight (compute type, or FP32 where the engine keeps masters in
-        place), gradient, and for AdamW two FP32 moments plus in mixed precision an FP32 master."""
+        place), gradient, and for AdamW two moments plus in mixed precision an FP32 master."""
         in_place = self.masters_in_place
         master = MASTER_BYTES if self.workload.has_master_weights and not in_place else 0
-        moments = ADAM_STATE_BYTES if self.workload.optimizer == "adamw" else 0
+        moments = 2 * self.engine.moment_bytes.value if self.workload.optimizer == "adamw" else 0
         weight = MASTER_BYTES if in_place else self.workload.compute_bytes
         widths = (weight, self.engine.gradient_bytes.value, master + moments)
         return dict(zip(STATES, widths, strict=True))
@@ -127,7 +127,8 @@ class BlockBytes:
 
     `saved`: kept from forward to backward, of which `logits` by the loss; `deferred`: what a deferred weight
     gradient keeps of it; `remade`: what recompute makes again; `gradients`: the largest op's output and input
-    gradients; `exchanged`: the largest exchange between expert ranks.
+    gradients, in the head those of the loss; `exchanged`: the largest exchange between expert ranks;
+    `weights`: elements of one of each shape of matmul weight.
     """
 
     saved: int
@@ -136,16 +137,18 @@ class BlockBytes:
     remade: int
     gradients: int
     exchanged: int
+    weights: int
 
 
 def block_bytes(block: LoweredBlock, element_bytes: int) -> BlockBytes:
     """The bytes of a lowered block."""
     saved = block.saved_bytes
-    gradients = exchanged = 0
+    gradients = exchanged = weights = 0
     for task in block.tasks:
         if isinstance(task, ComputeTask):
             if task.phase == "forward":
                 gradients = larger(gradients, _op_gradient_bytes(task, element_bytes))
+                weights += prod(task.sizes[-2:]) if task.kind in MATMULS else 0
         elif task.axis in ("ep", "etp"):
             exchanged = larger(exchanged, task.bytes * (task.num_ranks > 1))
     return BlockBytes(
@@ -155,7 +158,26 @@ def block_bytes(block: LoweredBlock, element_bytes: int) -> BlockBytes:
         remade=larger(0, sum(size for size, _ in block.saved_without_recompute.values()) - saved),
         gradients=gradients,
         exchanged=exchanged,
+        weights=weights,
     )
+
+
+def head_bytes(block: LoweredBlock, setting: Setting, tp: int) -> BlockBytes:
+    """The bytes of the head, whose largest moment is the loss or the projection's backward after it.
+
+    On top of what is kept of the logits come first what the loss makes besides, then the input's gradient
+    and, where the engine adds weight gradients in the matmul, an empty one of the whole projection.
+    """
+    plain = block_bytes(block, setting.workload.compute_bytes)
+    loss, unit = setting.engine.loss.value, setting.workload.compute_bytes
+    most = loss.peak + (loss.divided_peak - loss.peak) * (tp > 1)
+    tokens, vocabulary, hidden = next(
+        task.sizes for task in block.tasks if isinstance(task, ComputeTask) and task.kind is OpKind.MATMUL
+    )
+    empty = vocabulary * hidden * unit * setting.engine.placeholder_gradients.value
+    after = tokens * hidden * unit + empty
+    gradients = larger((most - loss.kept) * tokens * vocabulary, after)
+    return replace(plain, gradients=gradients, weights=0)
 
 
 def _op_gradient_bytes(task: ComputeTask, unit: int) -> int:
@@ -167,8 +189,6 @@ def _op_gradient_bytes(task: ComputeTask, unit: int) -> int:
         case OpKind.ATTENTION:
             batch, heads, queries, keys, qk_dim, v_dim = sizes
             return batch * heads * (queries * (qk_dim + v_dim) + keys * (qk_dim + v_dim)) * unit
-        case OpKind.LOSS:  # FP32: the gradient of the log-probabilities and that of the logits
-            return sizes[0] * sizes[1] * 8
         case _:
             return 2 * sizes[0] * sizes[1] * unit
 
@@ -182,6 +202,14 @@ def transient_bytes(blocks: Iterable[BlockBytes]) -> tuple[int, int, int]:
         gradients = larger(gradients, block.gradients)
         exchanged = larger(exchanged, block.exchanged)
     return remade, gradients, 2 * exchanged
+
+
+def placeholder_bytes(setting: Setting, blocks: Iterable[BlockBytes]) -> int:
+    """Empty weight gradients that the engine keeps, one for each shape of weight of its layers."""
+    largest = 0
+    for block in blocks:
+        largest = larger(largest, block.weights)
+    return largest * setting.workload.compute_bytes * setting.engine.placeholder_gradients.value
 
 
 def gathered_bytes(setting: Setting, largest_block: int, stages: Iterable[int]) -> int:
@@ -217,9 +245,9 @@ def bucket_bytes(setting: Setting, largest_block: int, dp_cp: int) -> int:
     return largest_block * setting.engine.gradient_bytes.value * (dp_cp > 1)
 
 
-def slack_bytes(setting: Setting, dynamic: int) -> int:
-    """What the allocator cannot use, of all that is no model state."""
-    return rounded(dynamic * setting.engine.slack.value)
+def slack_bytes(setting: Setting, held: int) -> int:
+    """What the allocator takes beyond what tensors hold."""
+    return rounded(held * setting.engine.slack.value)
 
 
 def context_bytes(setting: Setting) -> int:

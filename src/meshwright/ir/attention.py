@@ -39,7 +39,7 @@ def latent_attention(model: Model, name: str, shape: Shape) -> list[Node]:
     hidden, heads = Dim("hidden", model.hidden_size), model.num_attention_heads
     tokens, unit = shape.gathered, shape.element_bytes
     norm, layer = f"{name}_norm", name.rsplit(".", 1)[0]
-    normed = Saved(norm, (shape.scattered, hidden), unit, for_weight=True)
+    normed = Saved(norm, (shape.scattered, hidden), shape.kept_input_bytes, for_weight=True)
     nodes: list[Node] = [norm_op(model, norm, f"{layer}.in", shape)]
     q_width = Dim("q_width", heads * model.qk_head_dim, ("tp",), heads)
     if model.q_lora_rank is None:
@@ -143,10 +143,11 @@ def _output(model: Model, name: str, shape: Shape) -> list[Node]:
     width = Dim("v_width", heads * model.value_head_dim, ("tp",), heads)
     batch = Dim("batch", shape.micro_batch_size)
     local = Dim("query_tokens", shape.sequence_length, ("cp",))
+    quantized = shape.kept_input_bytes != shape.element_bytes  # beside the one that attention keeps
     source = Saved(
-        f"{name}.core",
+        f"{name}.core_quantized" if quantized else f"{name}.core",
         (batch, local, Dim("heads", heads, ("tp",), heads), Dim("v_dim", model.value_head_dim)),
-        shape.element_bytes,
+        shape.kept_input_bytes,
         for_weight=True,
     )
     bias = model.attention_bias if model.is_mla else model.attention_output_bias

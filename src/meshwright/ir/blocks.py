@@ -6,6 +6,8 @@ are always listed; lowering drops those whose axis has one rank.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from meshwright.ir.attention import latent_attention, plain_attention
 from meshwright.ir.dense import Shape, enter, gathered_input, leave, mlp, norm_op, residual
 from meshwright.ir.experts import moe
@@ -64,15 +66,15 @@ def head_block(model: Model, shape: Shape) -> Block:
     Vocabulary-parallel cross entropy needs three all-reduces of one FP32 number per token: the maximum, the
     target's logit and the sum of exponentials (Megatron-LM `tensor_parallel/cross_entropy.py`). In FP32 it
     keeps its probabilities alone: 4 bytes for each logit (arXiv:2205.05198 §4.3), not the logits beside them.
+    The projection stays in the compute type where the layers' matmuls are quantized.
     """
     hidden = Dim("hidden", model.hidden_size)
     multiple = shape.engine.vocabulary_multiple.value * shape.tp
     vocabulary = Dim("vocabulary", -(-model.vocab_size // multiple) * multiple, ("tp",))
     weight = "embedding.weight" if model.tie_word_embeddings else "head.weight"
     tokens = shape.gathered
-    kept = Saved("head.logits", (tokens, vocabulary), shape.element_bytes)
-    if shape.engine.fp32_logits.value:
-        kept = Saved("head.probabilities", (tokens, vocabulary), 4)
+    width = shape.engine.loss.value.kept
+    kept = Saved("head.probabilities" if width == 4 else "head.logits", (tokens, vocabulary), width)
     nodes: list[Node] = [
         norm_op(model, "norm", "head.in", shape),
         *enter("head", hidden, shape),
@@ -81,7 +83,7 @@ def head_block(model: Model, shape: Shape) -> Block:
             OpKind.MATMUL,
             (tokens, vocabulary, hidden),
             (weight,),
-            saves=(gathered_input("norm", hidden, shape),),
+            saves=(gathered_input("norm", hidden, replace(shape, input_bytes=None)),),
             bytes_per_element=shape.element_bytes,
         ),
     ]

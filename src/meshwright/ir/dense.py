@@ -20,7 +20,8 @@ REDUCE = CollectiveKind.ALL_REDUCE
 class Shape:
     """What a block is built for: one micro-batch on one data-parallel rank, and the engine that runs it.
 
-    `micro_batch_size` sequences of `sequence_length` tokens each; `element_bytes` per activation element.
+    `micro_batch_size` sequences of `sequence_length` tokens each; `element_bytes` per activation element, and
+    `input_bytes` per element of what a matmul of a layer keeps of its input, where that is different.
     Where one block stands for many layouts, `micro_batch_size` may be an array, and `tp` an array of degrees
     above 1; `ep` decides which nodes there are, so it is a number.
     """
@@ -33,6 +34,12 @@ class Shape:
     dispatcher: Dispatcher
     ep: int = 1
     tp: int = 1
+    input_bytes: int | None = None
+
+    @property
+    def kept_input_bytes(self) -> int:
+        """Bytes per element of what a matmul keeps of its input: one where the engine keeps it quantized."""
+        return self.element_bytes if self.input_bytes is None else self.input_bytes
 
     @property
     def gathers_sequence(self) -> bool:
@@ -65,7 +72,7 @@ def mlp(model: Model, name: str, width: int, shape: Shape, source: str, shared: 
     for letter in ("gate", "up") if model.gated else ("up",):
         nodes.append(matmul(f"{name}.{letter}", tokens, inner, hidden, normed, unit, bias))
     nodes.append(activation(model, name, tokens, inner, shape))
-    product = Saved(f"{name}.product", (tokens, inner), unit, for_weight=True)
+    product = Saved(f"{name}.product", (tokens, inner), shape.kept_input_bytes, for_weight=True)
     nodes.append(matmul(f"{name}.down", tokens, hidden, inner, product, unit, bias))
     return [*nodes, leave(name, hidden, shape)]
 
@@ -144,7 +151,7 @@ def gathered_input(source: str, width: Dim, shape: Shape) -> Saved:
     whole = shape.engine.saves_gathered_input.value
     tokens = shape.gathered if whole else shape.scattered
     name = f"{source}.gathered" if whole and shape.gathers_sequence else source
-    return Saved(name, (tokens, width), shape.element_bytes, for_weight=True)
+    return Saved(name, (tokens, width), shape.kept_input_bytes, for_weight=True)
 
 
 def enter(name: str, width: Dim, shape: Shape) -> list[Node]:

@@ -153,7 +153,8 @@ def _experts(model: Model, name: str, shape: Shape) -> list[Node]:
     groups = Dim("experts", model.num_experts, ("ep",))
     tokens = Dim("routed", routed_tokens(model, shape), ("cp", "sp"), times=("etp",))
     inner = Dim("ffn", model.moe_intermediate_size or 0, ("etp",))
-    dispatched = Saved(f"{name}.dispatched", (tokens, hidden), unit, for_weight=True)
+    kept = shape.kept_input_bytes
+    dispatched = Saved(f"{name}.dispatched", (tokens, hidden), kept, for_weight=True)
     nodes: list[Node] = []
     for letter in ("gate", "up") if model.gated else ("up",):
         nodes.append(
@@ -161,7 +162,7 @@ def _experts(model: Model, name: str, shape: Shape) -> list[Node]:
         )
     weighted = shape.engine.probs_before_down.value
     nodes.append(activation(model, f"{name}.experts", tokens, inner, shape, weighted))
-    product = Saved(f"{name}.experts.product", (tokens, inner), unit, for_weight=True)
+    product = Saved(f"{name}.experts.product", (tokens, inner), kept, for_weight=True)
     nodes.append(_grouped(model, f"{name}.experts", "down", (groups, tokens, hidden, inner), product, unit))
     return nodes
 

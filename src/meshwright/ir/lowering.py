@@ -26,6 +26,7 @@ from meshwright.ir.graph import (
     traffic,
 )
 from meshwright.ir.parameters import Param
+from meshwright.ir.recompute import kept_tensors, repeated_ops
 from meshwright.ir.sharding import AxisSizes, local_numel, zero_degree
 from meshwright.ir.tasks import PHASES, CommTask, ComputeTask, Phase, Task
 from meshwright.policy import Recompute
@@ -79,22 +80,22 @@ def block_tasks(
             tasks += _compute_tasks(node, degrees)
         else:
             tasks += _comm_tasks(node, degrees)
-    dropped = frozenset(engine.selective.value) if recompute == "selective" else frozenset()
-    tasks += _repeated(block, tasks, recompute, dropped)
+    selective = engine.selective.value
+    tasks += _repeated(block, tasks, recompute, selective)
     tasks += parameter_tasks
     whole = _sizes(saved_tensors(block.ops), degrees)
-    kept = _sizes(saved_tensors(block.ops, dropped), degrees)
-    if block.name.startswith("layers.") and recompute == "full":
-        kept = _kept_under_full_recompute(block.name, whole)
+    kept = _sizes(kept_tensors(block, recompute, selective), degrees)
     outputs = sum(_output_bytes(op, degrees) for op in block.ops if op.kind in MATMULS)
     return LoweredBlock(block.name, tuple(tasks), kept, whole, outputs)
 
 
-def _repeated(block: Block, tasks: list[Task], recompute: Recompute, dropped: frozenset[str]) -> list[Task]:
-    """What recompute runs again: a whole layer with its communication, or the ops of the dropped classes."""
+def _repeated(
+    block: Block, tasks: list[Task], recompute: Recompute, selective: tuple[str, ...]
+) -> list[Task]:
+    """What recompute runs again: a whole layer with its communication, or the ops that it selects."""
     if recompute == "none" or not block.name.startswith("layers."):
         return []
-    names = {op.name for op in block.ops if op.recompute in dropped}
+    names = repeated_ops(block, selective)
     whole = recompute == "full"
     return [
         replace(task, phase="recompute")
@@ -106,13 +107,6 @@ def _repeated(block: Block, tasks: list[Task], recompute: Recompute, dropped: fr
 def _output_bytes(op: Op, degrees: Degrees) -> int:
     m, n, _ = (dim.local(degrees) for dim in op.dims[-3:])
     return m * n * op.bytes_per_element
-
-
-def _kept_under_full_recompute(name: str, whole: dict[str, tuple[int, bool]]) -> dict[str, tuple[int, bool]]:
-    """The layer's input, and the routing choices: chosen again they could differ in a near tie."""
-    kept = {f"{name}.in": (whole[f"{name}.in"][0], True)}
-    kept |= {t: (size, True) for t, (size, _) in whole.items() if t.endswith((".choices", ".index"))}
-    return kept
 
 
 def _sizes(tensors: dict[str, Saved], degrees: Degrees) -> dict[str, tuple[int, bool]]:

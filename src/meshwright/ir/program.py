@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from meshwright.engines import Engine, engine_named
+from meshwright.engines import Engine, engine_of
 from meshwright.ir.blocks import embedding_block, head_block, layer_block
 from meshwright.ir.dense import Shape
 from meshwright.ir.graph import Block, CollectiveKind, Degrees
@@ -26,7 +26,9 @@ from meshwright.ir.schedule import ActionKind, Schedule, build_schedule, rank_of
 from meshwright.ir.step import gather_phases, reduces_each_micro_batch, step_tasks
 from meshwright.ir.tasks import CommTask, Phase, Task
 from meshwright.layout import Layout
+from meshwright.model import Model
 from meshwright.plan import Plan
+from meshwright.workload import Workload
 
 __all__ = [
     "LoweredBlock",
@@ -34,9 +36,11 @@ __all__ = [
     "StageProgram",
     "block_tasks",
     "degrees_of",
+    "input_bytes",
     "lower",
     "lower_block",
     "model_flops",
+    "send_bytes",
     "shape_of",
 ]
 
@@ -86,7 +90,7 @@ class Program:
     @property
     def engine(self) -> Engine:
         """Facts of the plan's engine."""
-        return engine_named(self.plan.policy.engine)
+        return engine_of(self.plan.policy)
 
     def stages_of(self, pp_rank: int) -> tuple[StageProgram, ...]:
         """The stages that a pipeline rank holds."""
@@ -129,12 +133,18 @@ def shape_of(plan: Plan, sequence_length: int | None = None) -> Shape:
         micro_batch_size=plan.policy.micro_batch_size,
         sequence_length=sequence_length or plan.workload.max_sequence_length,
         element_bytes=plan.workload.compute_bytes,
-        engine=engine_named(plan.policy.engine),
+        engine=engine_of(plan.policy),
         sequence_parallel=plan.policy.sequence_parallel,
         dispatcher=plan.policy.dispatcher,
         ep=plan.layout.ep,
         tp=plan.layout.tp,
+        input_bytes=input_bytes(plan.workload, engine_of(plan.policy)),
     )
+
+
+def input_bytes(workload: Workload, engine: Engine) -> int | None:
+    """Bytes of one element of the inputs that a layer's matmuls keep, where they keep them in 8 bits."""
+    return 1 if workload.precision in ("fp8", "fp4") and engine.fp8_inputs.value else None
 
 
 def lower(plan: Plan, sequence_length: int | None = None) -> Program:
@@ -215,7 +225,7 @@ def _stage(
 def _sends(plan: Plan, shape: Shape, stage: int, num_stages: int) -> Iterator[CommTask]:
     """Activations to the next stage and gradients to the previous one, where they leave the rank."""
     degrees = degrees_of(plan.layout, plan.policy.sequence_parallel)
-    size = shape.scattered.local(degrees) * plan.model.hidden_size * shape.element_bytes
+    size = send_bytes(plan.model, shape, degrees)
     rank = rank_of(plan.policy.schedule, stage, plan.layout.pp)
     directions: tuple[tuple[str, Phase, int], ...] = (
         ("activation", "forward", stage + 1),
@@ -235,6 +245,11 @@ def _sends(plan: Plan, shape: Shape, stage: int, num_stages: int) -> Iterator[Co
             )
 
 
+def send_bytes(model: Model, shape: Shape, degrees: Degrees) -> int:
+    """Bytes of the residual stream that one rank sends to a neighbouring stage. Elementwise."""
+    return shape.scattered.local(degrees) * model.hidden_size * shape.element_bytes
+
+
 def degrees_of(layout: Layout, sequence_parallel: bool) -> Degrees:
     """Ranks along each axis that divides an op's dims."""
     sp = layout.tp if sequence_parallel else 1
@@ -244,7 +259,7 @@ def degrees_of(layout: Layout, sequence_parallel: bool) -> Degrees:
 def lower_block(plan: Plan, block: Block) -> LoweredBlock:
     """A block with the plan's degrees put in: local tasks of every phase, and what is kept for backward."""
     degrees = degrees_of(plan.layout, plan.policy.sequence_parallel)
-    engine = engine_named(plan.policy.engine)
+    engine = engine_of(plan.policy)
     params = block_parameters(plan.model, block.name)
     phases, unit = gather_phases(plan), plan.workload.compute_bytes
     added = [*parameter_gathers(block, params, plan.layout, phases, unit)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from meshwright.engines import Engine, engine_named
+from meshwright.engines import Engine, engine_of
 from meshwright.ir.elementwise import is_everywhere_nothing, is_one
 from meshwright.ir.graph import CollectiveKind
 from meshwright.ir.holding import Holding, holding
@@ -20,7 +20,7 @@ from meshwright.workload import Workload
 
 def reduces_each_micro_batch(plan: Plan) -> bool:
     """Whether every backward reduces its gradients, block by block, so that a rank keeps its share alone."""
-    return reduces_in_backward(engine_named(plan.policy.engine), plan.policy.zero_stage, plan.layout.pp)
+    return reduces_in_backward(engine_of(plan.policy), plan.policy.zero_stage, plan.layout.pp)
 
 
 def reduces_in_backward(engine: Engine, zero_stage: ZeroStage, pp: int) -> bool:
@@ -35,7 +35,7 @@ def reduces_in_backward(engine: Engine, zero_stage: ZeroStage, pp: int) -> bool:
 
 def gather_phases(plan: Plan) -> tuple[Phase, ...]:
     """The phases of a micro-batch before which each block's parameters are gathered."""
-    return phases_that_gather(engine_named(plan.policy.engine), plan.policy.zero_stage, plan.layout.pp)
+    return phases_that_gather(engine_of(plan.policy), plan.policy.zero_stage, plan.layout.pp)
 
 
 def phases_that_gather(engine: Engine, zero_stage: ZeroStage, pp: int) -> tuple[Phase, ...]:
@@ -69,7 +69,7 @@ def step_tasks(plan: Plan, params: list[Param], has_embedding: bool, has_head: b
     """What one rank communicates once per step, given the parameters that it holds."""
     facts = StepFacts(
         plan.model,
-        engine_named(plan.policy.engine),
+        engine_of(plan.policy),
         plan.workload,
         plan.policy.zero_stage,
         plan.policy.sequence_parallel,
