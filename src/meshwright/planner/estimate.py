@@ -6,7 +6,7 @@ constants, the overlap and the pipeline on top. A fit of the constants repeats t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,7 +179,8 @@ def compose_parts(measured: Measured, priced: Prices) -> Composed:
     phases = np.stack([whole[:, 0], whole[:, recompute] + whole[:, 2], whole[:, 3]])
     m = measured.num_micro_batches
     pipe = pipeline_time(plan.policy.schedule, plan.layout.pp, plan.layout.vpp, m, phases)
-    data, other, optimizer = tail(measured, priced, phases, pipe.slack_s)
+    ended = (measured.ranks, measured.comm, measured.optimizer_s)
+    data, other, optimizer = tail(*ended, priced, phases, pipe.slack_s)
     by_rank = np.stack([stages[list(own)].sum(axis=(0, 1)) for own in measured.ranks])  # rank, part, N
     slowest = pipe.busy_s.argmax(axis=0)
     work = m * np.take_along_axis(by_rank, slowest[None, None, :], axis=0)[0]
@@ -191,15 +192,22 @@ def compose_parts(measured: Measured, priced: Prices) -> Composed:
     return Composed(parts, pipe.bubble_fraction)
 
 
-def tail(measured: Measured, priced: Prices, phases: Array, slack_s: Array) -> tuple[Array, Array, Array]:
+def tail(
+    ranks: Sequence[Sequence[int]],
+    comm: Sequence[StepComm],
+    optimizer_s: Sequence[Array],
+    priced: Prices,
+    phases: Array,
+    slack_s: Array,
+) -> tuple[Array, Array, Array]:
     """Data-parallel communication that shows, what is left of a step, and the optimizer, on the rank where
-    they take longest together. The search adds it up for many layouts."""
+    they take longest together. `ranks` lists stages by rank; the search adds it up for many layouts."""
     rows = []
     beside = 0.0 if priced.flat else priced.constants.step.value
-    for rank, own in enumerate(measured.ranks):
+    for rank, own in enumerate(ranks):
         backward, forward = phases[1:, list(own)].sum(axis=(0, 1)), phases[0, list(own)].sum(axis=0)
-        data = exposed_data(measured.comm[rank], priced, backward, forward, slack_s[rank])
-        other, optimizer = beside + measured.comm[rank].other_s, priced.memory * measured.optimizer_s[rank]
+        data = exposed_data(comm[rank], priced, backward, forward, slack_s[rank])
+        other, optimizer = beside + comm[rank].other_s, priced.memory * optimizer_s[rank]
         rows.append(np.broadcast_arrays(data, other + 0.0 * data, optimizer + 0.0 * data))
     tails = np.array(rows)  # rank, what, N
     longest = tails.sum(axis=1).argmax(axis=0)
