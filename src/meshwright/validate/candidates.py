@@ -15,7 +15,7 @@ from meshwright.ir.program import lower
 from meshwright.layout import Layout
 from meshwright.model import Model
 from meshwright.plan import Plan, split_layers
-from meshwright.policy import Policy, Recompute, ScheduleName
+from meshwright.policy import EngineSettings, Policy, Recompute, ScheduleName
 from meshwright.validate.policies import Stated
 from meshwright.validate.refusal import RefusedError
 from meshwright.validate.rows import Row
@@ -231,7 +231,7 @@ def _plan(parts: Described, values: dict[str, Any]) -> Plan:
         dispatcher=values["dispatcher"],
         expert_overlap=values["expert_overlap"] and layout.ep > 1,
         layers_per_stage=split_layers(parts.model.num_hidden_layers, layout.num_stages),
-        settings=stated.settings,
+        settings=_settings(parts, values["recompute"]),
     )
     workload = Workload(
         global_batch_size=batch,
@@ -246,6 +246,18 @@ def _plan(parts: Described, values: dict[str, Any]) -> Plan:
         layout=layout,
         policy=policy,
     )
+
+
+def _settings(parts: Described, level: Recompute) -> EngineSettings:
+    """The engine's settings; where a row leaves recompute open, the narrow parts that a mixture of experts
+    starts with (NVIDIA-NeMo/Megatron-Bridge@067f987d, skills/nemo-mbridge-perf-activation-recompute)."""
+    stated, model = parts.stated, parts.model
+    if level != "selective" or stated.recompute is not None:
+        return stated.settings
+    if stated.engine != "megatron" or not model.is_moe or (parts.row.year or 2025) < 2025:
+        return stated.settings
+    modules = ("layernorm", "moe_act", "mla_up_proj") if model.is_mla else ("layernorm", "moe_act")
+    return stated.settings.model_copy(update={"recompute_modules": modules})
 
 
 def _schedule(stated: Stated, layout: Layout) -> ScheduleName:

@@ -104,7 +104,7 @@ def _described(row: Row) -> Run:
         candidates=candidates_of(parts),
         measured_s=step_time_of(row),
         throughput=throughput_of(row),
-        memory=memory_of(row),
+        memory=None if stated.offload else memory_of(row),  # a plan keeps nothing on the host
         row=row,
     )
 
