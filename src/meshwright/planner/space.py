@@ -85,6 +85,10 @@ class Bases:
         """Those that a mask, or a list of positions, chooses."""
         return Bases(*(getattr(self, f.name)[chosen] for f in fields(Bases)))
 
+    def degrees(self) -> dict[str, Array]:
+        """Ranks along each axis of the world."""
+        return {axis: getattr(self, axis) for axis in ("tp", "cp", "dp", "pp", "ep", "etp")}
+
     def size(self, axis: str) -> Array:
         """Ranks along an axis, as `Layout.size`."""
         match axis:
@@ -181,7 +185,7 @@ class Space:
         """The plan of a candidate; what the deployment left open is named as searched."""
         pipeline, choice = candidate.pipeline, candidate.choice
         base = self.bases[pipeline.pp].where(candidate.row)
-        degrees = {axis: int(getattr(base, axis)) for axis in ("tp", "cp", "dp", "pp", "ep", "etp")}
+        degrees = {axis: int(degree) for axis, degree in base.degrees().items()}
         layout = Layout(**degrees, vpp=pipeline.vpp)
         policy = self._policy(pipeline, choice, int(base.micro_batch), bool(base.sequence_parallel))
         _, defaults = self.deployment.cluster.resolve()

@@ -125,7 +125,7 @@ class Tables:
     def send_seconds(self, pp: int) -> Array:
         """Seconds of such a send, none of it hidden."""
         bases = self.space.bases[pp]
-        groups = axis_groups(self.space.cluster, {name: getattr(bases, name) for name in Bases.__slots__})
+        groups = axis_groups(self.space.cluster, bases.degrees())
         task = CommTask("send", "forward", CollectiveKind.SEND_RECV, "pp", pp, self.send_bytes(pp))
         return sum(price_collective(task, self.priced, groups, Running("alltoall")))
 
@@ -210,7 +210,7 @@ class Tables:
     def _seconds(
         self, rows: Bases, lowered: dict[Recompute, LoweredBlock], dispatcher: Dispatcher, with_dp: bool
     ) -> dict[tuple[Recompute, bool], Array]:
-        degrees = {name: getattr(rows, name) for name in Bases.__slots__}
+        degrees = rows.degrees()
         if not with_dp:  # axes inside a block stand where they do for any dp: one that the experts fold into
             degrees |= {"dp": rows.ep * rows.etp, "pp": np.ones_like(rows.tp)}
         groups = axis_groups(self.space.cluster, degrees)

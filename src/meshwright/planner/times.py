@@ -113,7 +113,8 @@ def kernel_times(
                 axis = "dp" if task.axis in ("dp_cp", "edp") else task.axis
                 near, far = price_collective(task, prices, groups, running)
                 parts[axis], parts[outside(axis)] = parts[axis] + near, parts[outside(axis)] + far
-        parts["launches"] = len(of_phase)
+        # Among many layouts some have one rank along an axis, and launch nothing there.
+        parts["launches"] = sum(isinstance(task, ComputeTask) or task.num_ranks > 1 for task in of_phase)
         times[phase] = parts
     return times
 

@@ -1,0 +1,177 @@
+"""The step time of many candidates of one pipeline degree at once, and a bound below it.
+
+The same functions compose a step as for one plan (`planner/estimate.py`): block times, `pipeline_time`,
+`tail`. Sequence lengths have weights: a step time is the mean over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from meshwright.ir.holding import Holding, holding
+from meshwright.ir.step import StepFacts, communication
+from meshwright.planner.estimate import shown_sends, tail
+from meshwright.planner.fitting import Columns, parameter_kinds
+from meshwright.planner.pipeline import pipeline_time
+from meshwright.planner.prices import Prices
+from meshwright.planner.space import Bases, Choice
+from meshwright.planner.stages import Stages
+from meshwright.planner.step import StepComm, optimizer_seconds, step_comm
+from meshwright.planner.tables import Tables, as_floats
+from meshwright.planner.times import Running, axis_groups
+from meshwright.policy import ZeroStage
+
+Array = Any
+_COMM = ("data_s", "data_outside_s", "other_s")
+
+
+@dataclass(frozen=True, slots=True)
+class AtLength:
+    """Tables at one sequence length, and the share of steps that have it."""
+
+    tables: Tables
+    share: float
+
+
+class Pricing:
+    """Step times of the candidates of one pipeline degree."""
+
+    def __init__(self, lengths: Sequence[AtLength], priced: Prices, pp: int, columns: Columns) -> None:
+        self.lengths, self.priced, self.pp, self.columns = lengths, priced, pp, columns
+        self.space = lengths[0].tables.space
+        self._sends = [at.tables.send_seconds(pp) for at in lengths]
+        self._tails: dict[tuple[Any, ...], tuple[Array, Array]] = {}
+        self._layouts, self._layout_of = _distinct_layouts(columns.bases)
+
+    def seconds(self, stages: Stages, choice: Choice, rows: Array) -> Array:
+        """Seconds of a step, for some bases by their positions."""
+        total = np.zeros(len(rows))
+        for position in range(len(self.lengths)):
+            total += self.lengths[position].share * self.seconds_at(position, stages, choice, rows)
+        return total
+
+    def seconds_at(self, position: int, stages: Stages, choice: Choice, rows: Array) -> Array:
+        """Seconds of a step at one of the sequence lengths."""
+        pipeline, priced = stages.pipeline, self.priced
+        phases = stages.blocks @ self.lengths[position].tables.seconds(self.pp, choice, rows)
+        sent = shown_sends(priced, pipeline.vpp) * self._sends[position][rows]
+        phases[0] += stages.sends[:, :1] * sent
+        phases[1] += stages.sends[:, 1:] * sent
+        m = self.columns.num_micro_batches[rows]
+        pipe = pipeline_time(pipeline.schedule, pipeline.pp, pipeline.vpp, m, phases)
+        comm, optimizer = [], []
+        for rank in range(pipeline.pp):
+            row, updating = self._tail(stages, rank, choice.zero_stage)
+            where = self._layout_of[rows]
+            comm.append(StepComm(*(column[where] for column in row)))
+            optimizer.append(updating[where])
+        return pipe.total_s + sum(tail(stages.ranks, comm, optimizer, priced, phases, pipe.slack_s))
+
+    def bound(self, stages: Stages, choice: Choice, rows: Array) -> Array:
+        """Seconds that a step cannot take less than: the fullest rank's work; and under GPipe and 1F1B with
+        what fills and drains the pipeline, as far as it follows from sums over stages."""
+        pipeline = stages.pipeline
+        busy, edge = _bound_weights(stages)
+        m = self.columns.num_micro_batches[rows]
+        total = np.zeros(len(rows))
+        for at, sends in zip(self.lengths, self._sends, strict=True):
+            work = at.tables.seconds(self.pp, choice, rows).sum(axis=0)
+            sent = shown_sends(self.priced, pipeline.vpp) * sends[rows]
+            weighed = np.vstack([work, sent])
+            by_rank = busy @ weighed
+            fullest = by_rank.max(axis=0)
+            least = m * fullest
+            if pipeline.schedule == "GPipe":
+                least = least + edge @ weighed - fullest
+            elif pipeline.schedule in ("1F1B", "Interleaved1F1B"):
+                least = np.maximum(least, m * by_rank[0] + edge @ weighed)
+            total += at.share * least
+        return total * (1 - 1e-9)
+
+    def _tail(self, stages: Stages, rank: int, zero_stage: ZeroStage) -> tuple[Array, Array]:
+        """A rank's communication once per step, as rows by _COMM, and its optimizer, by distinct layout."""
+        params, ends = stages.params[rank], stages.ends_of(rank)
+        key = (zero_stage, params.tobytes(), ends)
+        if key not in self._tails:
+            held = sum(
+                (one.times(count) for one, count in zip(self._held, params.tolist(), strict=True) if count),
+                Holding(),
+            )
+            self._tails[key] = self._comm(held, ends, zero_stage), self._optimizer(held, zero_stage)
+        return self._tails[key]
+
+    @cached_property
+    def _held(self) -> list[Holding]:
+        """What a rank holds of each kind of parameters, by distinct layout."""
+        sizes = as_floats(self._layouts)
+        return [holding(params, sizes) for params in parameter_kinds(self.space.model)]
+
+    def _comm(self, held: Holding, ends: tuple[bool, bool], zero_stage: ZeroStage) -> Array:
+        found = np.zeros((len(_COMM), len(self._layouts)))
+        alike = 2 * (self._layouts.tp > self.space.model.kv_heads) + self._layouts.sequence_parallel
+        for which in np.unique(alike):
+            chosen = np.flatnonzero(alike == which)
+            comm = self._comm_of(chosen, held, ends, zero_stage)
+            for row, name in enumerate(_COMM):
+                found[row, chosen] = getattr(comm, name)
+        return found
+
+    def _comm_of(
+        self, chosen: Array, held: Holding, ends: tuple[bool, bool], zero_stage: ZeroStage
+    ) -> StepComm:
+        """The communication of layouts that agree on sequence parallelism, and on replicated heads."""
+        space, layouts = self.space, self._layouts.where(chosen)
+        values = {name: getattr(held, name) for name in Holding.__slots__}
+        mine: Any = {name: v[chosen] if isinstance(v, np.ndarray) else v for name, v in values.items()}
+        facts = StepFacts(
+            model=space.model,
+            engine=space.engine,
+            workload=space.workload,
+            zero_stage=zero_stage,
+            sequence_parallel=bool(layouts.sequence_parallel[0]),
+            pp=self.pp,
+            sizes=as_floats(layouts),
+        )
+        groups = axis_groups(space.cluster, layouts.degrees())
+        tasks = communication(facts, Holding(**mine), *ends)
+        return step_comm(tasks, self.priced, groups, Running("alltoall"))
+
+    def _optimizer(self, held: Holding, zero_stage: ZeroStage) -> Array:
+        space, layouts = self.space, self._layouts
+        owned: Any = held.total
+        if zero_stage:
+            owned = held.dense / layouts.size("dp_cp") + held.experts / layouts.size("edp")
+        workload, width = space.workload, space.engine.gradient_bytes.value
+        updating = optimizer_seconds(
+            self.priced, workload.optimizer, workload.compute_bytes, owned, held.total, width
+        )
+        return updating * np.ones(len(layouts))
+
+
+def _distinct_layouts(bases: Bases) -> tuple[Bases, Array]:
+    """Bases without their micro-batches, and which of them each base has."""
+    names = ("tp", "cp", "dp", "ep", "etp", "sequence_parallel")
+    columns = np.stack([getattr(bases, name).astype(np.int64) for name in names], axis=1)
+    _, first, inverse = np.unique(columns, axis=0, return_index=True, return_inverse=True)
+    return bases.where(first), inverse.reshape(-1)
+
+
+def _bound_weights(stages: Stages) -> tuple[Array, Array]:
+    """For kinds of block and, last, sends: what each rank works for one micro-batch, and what stands at the
+    edges of the pipeline on top.
+
+    GPipe ends no sooner than Σt + (m − 1)·max t. Under 1F1B the first rank works m·t₀ and waits for the
+    later ranks, twice D₀ = Σ t_j of the last chunk, behind P − 1 forwards and backwards of its own.
+    """
+    pipeline = stages.pipeline
+    by_stage = np.hstack([stages.blocks, stages.sends.sum(axis=1, keepdims=True)])
+    busy = np.array([by_stage[list(own)].sum(axis=0) for own in stages.ranks])
+    if pipeline.schedule == "GPipe":
+        return busy, busy.sum(axis=0)
+    last = by_stage[[own[-1] for own in stages.ranks]]
+    return busy, 2 * last[1:].sum(axis=0) - (pipeline.pp - 1) * last[0]
