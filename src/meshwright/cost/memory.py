@@ -3,7 +3,7 @@
 Model states follow Rajbhandari et al. (arXiv:1910.02054 §3.1), divided over dp·cp for dense parameters and
 over edp for routed experts. Activations follow the pipeline order action by action: peak = states +
 what is held in flight + what one backward pass needs on top. The arithmetic of every line stands in
-`cost/parts.py`, which a search over many layouts shares.
+`cost/parts.py` and `cost/rank.py`, which a search over many layouts shares.
 """
 
 from __future__ import annotations
@@ -17,16 +17,10 @@ from meshwright.cost.parts import (
     Setting,
     StateBytes,
     block_bytes,
-    bucket_bytes,
-    context_bytes,
-    gathered_bytes,
     head_bytes,
-    placeholder_bytes,
-    slack_bytes,
     states,
-    transient_bytes,
-    whole_copies,
 )
+from meshwright.cost.rank import CONTEXT, SLACK, RankContent, fixed_lines
 from meshwright.ir.holding import Holding, holding
 from meshwright.ir.in_flight import peak_of_rank
 from meshwright.ir.parameters import Param
@@ -48,7 +42,6 @@ __all__ = [
     "worst",
 ]
 
-CONTEXT, SLACK = "runtime context", "allocator slack"
 CPU_CONTEXT_SOURCE = "assumed: Python, torch and gloo in a process of its own"
 
 
@@ -150,31 +143,42 @@ class _Blocks:
 
 
 def _rank_memory(blocks: _Blocks, pp_rank: int) -> RankMemory:
-    program, setting = blocks.program, blocks.setting
-    stages = program.stages_of(pp_rank)
+    plan, setting = blocks.program.plan, blocks.setting
+    stages = blocks.program.stages_of(pp_rank)
     peak = _peak(blocks, pp_rank)
     held, largest = blocks.held(held_params(stages).values())
-    lines = [
-        *_states(setting, program.plan, held),
-        *_held(blocks, stages, peak),
-        *_transient(blocks, stages),
-        *_buffers(blocks, stages, largest),
-    ]
-    fact = program.engine.slack
-    share = f"{100 * fact.value:g}% of what tensors hold"
-    slack = slack_bytes(setting, sum(line.bytes for line in lines))
-    lines.append(MemoryLine(SLACK, slack, f"{share}; {fact.source}", fact.is_assumed))
-    lines.append(_context(setting))
-    kept = tuple(line for line in lines if line.bytes)
+    in_flight = list(_held(blocks, stages, peak))
+    content = RankContent(
+        held_bytes=sum(line.bytes for line in in_flight),
+        blocks=list({id(b): b for stage in stages for b in map(blocks.of, stage.blocks)}.values()),
+        params=held,
+        largest_block=largest,
+        stages=[blocks.held(held_params((stage,)).values())[0] for stage in stages],
+        sends_bytes=sum(task.bytes for stage in stages for task in stage.sends),
+    )
+    layout = plan.layout
+    sizes = fixed_lines(setting, content, plan.num_micro_batches, layout.size("dp_cp"), layout.edp)
+    whys = {**_states(setting, plan), **_transient(setting), **_allocator(setting)}
+    lines = [MemoryLine(name, size, *whys[name]) for name, size in sizes.items()]
+    ordered = [*lines[: len(STATES)], *in_flight, *lines[len(STATES) :]]
+    kept = tuple(line for line in ordered if line.bytes)
     return RankMemory(pp_rank, tuple(stage.index for stage in stages), kept, peak.num_in_flight)
 
 
-def _context(setting: Setting) -> MemoryLine:
-    """What the runtime holds before the model: a CUDA context on a GPU, a Python process on a CPU."""
-    size, fact = context_bytes(setting), setting.engine.context
-    if setting.is_local:
-        return MemoryLine(CONTEXT, size, CPU_CONTEXT_SOURCE, True)
-    return MemoryLine(CONTEXT, size, fact.source, fact.is_assumed)
+Why = tuple[str, bool]
+"""Where a line comes from, and whether that is an assumption."""
+
+
+def _allocator(setting: Setting) -> dict[str, Why]:
+    """The allocator's slack, and what the runtime holds before the model: a CUDA context on a GPU, a Python
+    process on a CPU."""
+    slack, context = setting.engine.slack, setting.engine.context
+    share = f"{100 * slack.value:g}% of what tensors hold"
+    local = (CPU_CONTEXT_SOURCE, True)
+    return {
+        SLACK: (f"{share}; {slack.source}", slack.is_assumed),
+        CONTEXT: local if setting.is_local else (context.source, context.is_assumed),
+    }
 
 
 def state_widths(plan: Plan) -> dict[str, int]:
@@ -197,7 +201,7 @@ def held_params(stages: tuple[StageProgram, ...]) -> dict[str, Param]:
     return {param.name: param for stage in stages for param in stage.params}
 
 
-def _states(setting: Setting, plan: Plan, held: Holding) -> Iterator[MemoryLine]:
+def _states(setting: Setting, plan: Plan) -> dict[str, Why]:
     zero, count = setting.zero_stage, plan.num_micro_batches
     in_place = setting.masters_in_place
     whole = "FP32 masters divided, the gathered copy whole" if in_place else f"whole under ZeRO-{zero}"
@@ -208,8 +212,7 @@ def _states(setting: Setting, plan: Plan, held: Holding) -> Iterator[MemoryLine]
         else "whole until the step's one reduction",
         "optimizer states": f"divided by ZeRO-{zero}" if zero else "whole without ZeRO",
     }
-    for name, part in states(setting, held, count).items():
-        yield MemoryLine(name, part.total, kept[name])
+    return {name: (why, False) for name, why in kept.items()}
 
 
 def _peak(blocks: _Blocks, pp_rank: int) -> ActivationPeak:
@@ -237,31 +240,18 @@ def _held(blocks: _Blocks, stages: tuple[StageProgram, ...], peak: ActivationPea
     yield MemoryLine("deferred weight gradients", deferred, "inputs and output gradients that wait for W")
 
 
-def _transient(blocks: _Blocks, stages: tuple[StageProgram, ...]) -> Iterator[MemoryLine]:
-    own = {id(b): b for b in (blocks.of(block) for stage in stages for block in stage.blocks)}
-    remade, gradients, exchanged = transient_bytes(own.values())
-    why = "assumed: one layer at a time, made again in backward"
-    yield MemoryLine("recomputed activations", remade, why, True)
-    why = "assumed: no more than the largest op's output and input gradients at once"
-    yield MemoryLine("activation gradients", gradients, why, True)
-    why = "assumed: both sides of the largest exchange"
-    yield MemoryLine("expert dispatch buffers", exchanged, why, True)
-    why = "empty weight gradients, one for each shape of a layer's weights"
-    yield MemoryLine("gradient placeholders", placeholder_bytes(blocks.setting, own.values()), why)
-
-
-def _buffers(blocks: _Blocks, stages: tuple[StageProgram, ...], largest: int) -> Iterator[MemoryLine]:
-    setting, layout = blocks.setting, blocks.program.plan.layout
-    sends = sum(task.bytes for stage in stages for task in stage.sends)
-    why = "assumed: one send and one receive buffer per neighbour"
-    yield MemoryLine("pipeline buffers", 2 * sends, why, True)
-    dp_cp, edp = layout.size("dp_cp"), layout.edp
-    whole = [
-        whole_copies(setting, blocks.held(held_params((stage,)).values())[0], dp_cp, edp) for stage in stages
-    ]
-    alone = "assumed: the block at work and the next one, whole"
+def _transient(setting: Setting) -> dict[str, Why]:
+    alone = ("assumed: the block at work and the next one, whole", True)
     kept = "whole from a backward to the stage's next forward: pipelining keeps ZeRO-3 from dividing them"
-    size = gathered_bytes(setting, largest, whole)
-    yield MemoryLine("gathered parameters", size, alone if setting.pp == 1 else kept, setting.pp == 1)
-    why = "assumed: one block's gradients while they are divided"
-    yield MemoryLine("gradient bucket", bucket_bytes(setting, largest, dp_cp), why, True)
+    return {
+        "recomputed activations": ("assumed: one layer at a time, made again in backward", True),
+        "activation gradients": (
+            "assumed: no more than the largest op's output and input gradients at once",
+            True,
+        ),
+        "expert dispatch buffers": ("assumed: both sides of the largest exchange", True),
+        "gradient placeholders": ("empty weight gradients, one for each shape of a layer's weights", False),
+        "pipeline buffers": ("assumed: one send and one receive buffer per neighbour", True),
+        "gathered parameters": alone if setting.pp == 1 else (kept, False),
+        "gradient bucket": ("assumed: one block's gradients while they are divided", True),
+    }
