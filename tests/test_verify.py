@@ -109,6 +109,11 @@ ERRORS: dict[str, tuple[dict[str, Any], str, str]] = {
         "layout.pp",
         "stages need a layer each",
     ),
+    "an empty stage": (
+        {"model.num_hidden_layers": 4, "policy.layers_per_stage": (4, 0)},
+        "policy.layers_per_stage",
+        "a stage has a layer",
+    ),
     "world": ({"layout.dp": 8}, "layout.dp", "must equal the 16 GPUs"),
     "batch": ({"workload.global_batch_size": 18}, "workload.global_batch_size", "multiple of dp = 4"),
     "micro-batch": ({"policy.micro_batch_size": 3}, "policy.micro_batch_size", "the 4 sequences"),

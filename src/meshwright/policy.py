@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from meshwright.files import Noun
-from meshwright.units import Count
+from meshwright.units import Count, CountOrZero
 
 EngineName = Literal["native", "megatron", "torchtitan", "deepspeed"]
 ScheduleName = Literal[
@@ -57,7 +57,7 @@ class PolicyRequest(Noun):
     recompute: Recompute | None = None
     dispatcher: Dispatcher | None = None
     expert_overlap: bool | None = None
-    layers_per_stage: tuple[Count, ...] | None = None
+    layers_per_stage: tuple[CountOrZero, ...] | None = None
     settings: EngineSettings | None = None
 
 
@@ -65,7 +65,8 @@ class Policy(Noun):
     """The `policy` of a plan: every choice made.
 
     `micro_batch_size` counts sequences per micro-batch on one data-parallel rank; `layers_per_stage`
-    lists the transformer layers of each pipeline stage (chunk) in the order of the model.
+    lists the transformer layers of each pipeline stage (chunk) in the order of the model; Megatron may leave
+    the first and the last one to the embedding and the head alone.
     """
 
     engine: EngineName
@@ -76,5 +77,5 @@ class Policy(Noun):
     recompute: Recompute
     dispatcher: Dispatcher
     expert_overlap: bool
-    layers_per_stage: tuple[Count, ...]
+    layers_per_stage: tuple[CountOrZero, ...]
     settings: EngineSettings = EngineSettings()

@@ -16,7 +16,7 @@ from meshwright.errors import InputError
 from meshwright.ir.schedule import require_buildable
 from meshwright.layout import Layout, divisors, nearest_divisors, nearest_to
 from meshwright.model import Model
-from meshwright.plan import Plan
+from meshwright.plan import Plan, split_layers
 from meshwright.policy import SPLIT_BACKWARD, Policy
 from meshwright.workload import Workload
 
@@ -39,7 +39,7 @@ class Finding:
 def verify(plan: Plan) -> list[Finding]:
     """Every rule that a plan breaks, and every warning, errors first."""
     findings = [
-        *layout_findings(plan.model, plan.layout),
+        *layout_findings(plan.model, plan.layout, num_empty_stages(plan.policy)),
         *cluster_findings(plan.cluster, plan.layout),
         *workload_findings(plan.workload, plan.layout, plan.policy),
         *stage_findings(plan.model, plan.layout, plan.policy),
@@ -58,8 +58,16 @@ def require_valid(plan: Plan) -> list[Finding]:
     return findings
 
 
-def layout_findings(model: Model, layout: Layout) -> Iterator[Finding]:
-    """Whether heads, widths, experts and layers divide by the degrees."""
+def num_empty_stages(policy: Policy) -> int:
+    """Stages that may hold no layer and hold none: Megatron's first and last, left to the embedding and the
+    head (account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split of Megatron Core)."""
+    stages = policy.layers_per_stage
+    ends = (stages[:1] + stages[-1:]) if len(stages) > 1 else ()
+    return ends.count(0) if policy.engine == "megatron" else 0
+
+
+def layout_findings(model: Model, layout: Layout, empty_stages: int = 0) -> Iterator[Finding]:
+    """Whether heads, widths, experts and layers divide by the degrees; `empty_stages` need no layer."""
     yield from _divides("layout.tp", layout.tp, model.num_attention_heads, "num_attention_heads")
     if not model.is_mla and model.kv_heads % layout.tp and layout.tp % model.kv_heads:
         degrees = divisors(model.num_attention_heads)
@@ -80,7 +88,7 @@ def layout_findings(model: Model, layout: Layout) -> Iterator[Finding]:
         )
     elif layout.ep > 1:
         yield Finding("layout.ep", layout.ep, "a dense model has no experts to divide", (1,))
-    if layout.num_stages > model.num_hidden_layers:
+    if layout.num_stages - empty_stages > model.num_hidden_layers:
         num_layers = model.num_hidden_layers
         rule = f"pp·vpp = {layout.num_stages} stages need a layer each, and the model has {num_layers}"
         longest = num_layers // layout.vpp
@@ -148,6 +156,10 @@ def stage_findings(model: Model, layout: Layout, policy: Policy) -> Iterator[Fin
     elif sum(stages) != model.num_hidden_layers:
         rule = f"must add up to num_hidden_layers = {model.num_hidden_layers}"
         yield Finding("policy.layers_per_stage", sum(stages), rule, (model.num_hidden_layers,))
+    elif stages.count(0) > num_empty_stages(policy) and len(stages) <= model.num_hidden_layers:
+        rule = "a stage has a layer; only Megatron's first and last may be the embedding's or the head's alone"
+        even = split_layers(model.num_hidden_layers, len(stages))
+        yield Finding("policy.layers_per_stage", stages, rule, (even,))
 
 
 def engine_findings(model: Model, workload: Workload, layout: Layout, policy: Policy) -> Iterator[Finding]:

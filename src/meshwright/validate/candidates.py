@@ -176,9 +176,9 @@ def _micro_batches(row: Row, dp: int, cp: int) -> list[int]:
 def _chunks(parts: Described, pp: int) -> list[int]:
     """Chunks per pipeline rank: as stated, else 1, 2, 4 as far as layers divide."""
     row, layers = parts.row, parts.model.num_hidden_layers
-    if row.vpp and row.vpp * pp <= layers:
+    if row.vpp and row.vpp * pp <= layers + _own_stages(parts):
         return [row.vpp]
-    if row.vpp:  # the embedding and the head stand as stages of their own: no stage is empty here
+    if row.vpp:
         fewer = max(layers // pp, 1)
         parts.assumed["vpp"] = f"{fewer}: {row.vpp} chunks leave stages without a layer"
         return [fewer]
@@ -188,20 +188,38 @@ def _chunks(parts: Described, pp: int) -> list[int]:
     return [n for n in (1, 2, 4) if n * pp <= layers and (layers % (n * pp) == 0 or not even)] or [1]
 
 
+def _own_stages(parts: Described) -> int:
+    """Stages that the embedding and the head may have to themselves (Megatron Core's
+    account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split)."""
+    return 2 if parts.stated.engine == "megatron" else 0
+
+
+def _stages(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Layers of each stage; more stages than layers leave the last and then the first one empty."""
+    empty = num_stages - num_layers
+    if empty <= 0:
+        return split_layers(num_layers, num_stages)
+    ends = ((), (0,)) if empty == 1 else ((0,), (0,))
+    return (*ends[0], *split_layers(num_layers, num_layers), *ends[1])
+
+
 def _expert_degrees(parts: Described, ranks: int) -> list[int]:
+    """Experts over a node, over more, over all ranks; whole on each rank only where no exchange is named."""
     if parts.row.ep:
         return [parts.row.ep]
     if not parts.model.is_moe:
         return [1]
-    sizes = (parts.cluster.gpus_per_node, 1, 4 * parts.cluster.gpus_per_node)
+    node, exchanges = parts.cluster.gpus_per_node, bool(parts.row.dispatcher_overlap)
+    sizes = dict.fromkeys((node, 4 * node, ranks, *(() if exchanges else (1,))))
     return [n for n in sizes if ranks % n == 0 and parts.model.num_experts % n == 0] or [1]
 
 
 def _expert_tensor_degrees(parts: Described, tp: int) -> list[int]:
-    row = parts.row
+    """Experts cut by tp or not: without parallel folding Megatron cuts them as it cuts attention."""
+    row, name = parts.row, parts.row.framework.lower()
     if row.etp:
         return [row.etp]
-    if not parts.model.is_moe:
+    if not parts.model.is_moe or "no folding" in name or "tp+ep" in name:
         return [tp]
     return list(dict.fromkeys((1, tp)))
 
@@ -230,7 +248,7 @@ def _plan(parts: Described, values: dict[str, Any]) -> Plan:
         recompute=values["recompute"],
         dispatcher=values["dispatcher"],
         expert_overlap=values["expert_overlap"] and layout.ep > 1,
-        layers_per_stage=split_layers(parts.model.num_hidden_layers, layout.num_stages),
+        layers_per_stage=_stages(parts.model.num_hidden_layers, layout.num_stages),
         settings=_settings(parts, values["recompute"]),
     )
     workload = Workload(
