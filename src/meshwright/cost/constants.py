@@ -44,9 +44,10 @@ class Constants(Noun):
     """Every global constant beyond the curves of kernels and links.
 
     `slowdown`: how much longer matmuls and attention take inside a step than alone, by GPU generation;
-    `memory`: the same for ops that memory bandwidth bounds. `host`: seconds that a process needs to launch
+    `grouped`: how much of that grouped matmuls feel, which memory bounds more than power; `memory`: the same
+    as slowdown for ops that memory bandwidth bounds. `host`: seconds that a process needs to launch
     one op: of a dense block, of a block with experts (which also sizes buffers and splits), and from a
-    captured graph; `gap`: idle seconds between two ops. `hidden`: shares of
+    captured graph. `hidden`: shares of
     communication that run beside compute where an era overlaps it. `fp8_cast`: extra memory traffic of fp8
     matmuls, times that of casting each input once. `network`: slowdown of links that leave a node.
     `step`: seconds per step outside the model. `natural_routing`: load of the fullest rank over the mean
@@ -54,9 +55,9 @@ class Constants(Noun):
     """
 
     slowdown: Mapping[str, Constant]
+    grouped: Constant
     memory: Constant
     host: Mapping[str, Constant]
-    gap: Constant
     hidden: Mapping[str, Constant]
     fp8_cast: Constant
     network: Constant

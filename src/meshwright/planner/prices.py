@@ -46,6 +46,7 @@ class Prices:
     constants: Constants
     overlap: Overlap
     slowdown: float
+    grouped: float
     memory: float
     attention: float
     network: float
@@ -61,8 +62,12 @@ class Prices:
         return self.precise.memory_bytes_per_s
 
     def hidden(self, what: str) -> float:
-        """Share of a kind of communication that runs beside compute: 0 where nothing overlaps it."""
-        return self.constants.hidden[what].value if self.overlap.get(what, False) else 0.0
+        """Share of a kind of communication that runs beside compute: 0 where nothing overlaps it.
+
+        The exchange of context parallelism hides as well as that of tensor parallelism.
+        """
+        name = "tensor" if what == "context" else what
+        return self.constants.hidden[name].value if self.overlap.get(what, False) else 0.0
 
 
 def prices(
@@ -91,6 +96,7 @@ def prices(
         constants=fitted,
         overlap={**_overlap(era), **stated.overlap},
         slowdown=1.0 if flat else fitted.slowdown[generation].value / cluster.gpu.sustained,
+        grouped=1.0 if flat else fitted.grouped.value,
         memory=1.0 if flat else fitted.memory.value,
         attention=era.attention_slowdown(generation),
         network=fitted.network.value,

@@ -124,13 +124,13 @@ def block_times(kernels: KernelTimes, prices: Prices, running: Running) -> Block
 
     Kernels are slowed down, those that memory bounds by a factor of their own. Communication that the era
     overlaps is exposed by the share that cannot be hidden, or by what does not fit beside the phase's
-    compute: max((1 − h)·t, t − compute). Between launches stands a gap, and a phase that takes hardly longer
-    than launching its ops waits for that too: `host` is (work⁴ + launches⁴)^¼ − work, where work leaves out
+    compute: max((1 − h)·t, t − compute). A phase that takes hardly longer than launching its ops waits for
+    that too: `host` is (work⁴ + launches⁴)^¼ − work, where work leaves out
     the exchange of tokens: its sizes come back to the host, which cannot run ahead of it.
     """
     times: BlockTimes = {}
     has_experts = bool(np.any(kernels["forward"]["grouped"] > 0))
-    host_s, gap_s = _launching(has_experts, prices, running)
+    host_s = _launching(has_experts, prices, running)
     for phase, of_phase in kernels.items():
         compute = compute_in_step(of_phase, prices)
         parts: PhaseParts = {"compute": compute}
@@ -140,28 +140,28 @@ def block_times(kernels: KernelTimes, prices: Prices, running: Running) -> Block
             )
         work = sum(parts.values()) - parts["ep"]
         launching = of_phase["launches"] * host_s
-        parts["host"] = np.sqrt(np.sqrt(work**4 + launching**4)) - work + of_phase["launches"] * gap_s
+        parts["host"] = np.sqrt(np.sqrt(work**4 + launching**4)) - work
         times[phase] = parts
     return times
 
 
-def _launching(has_experts: bool, prices: Prices, running: Running) -> tuple[float, float]:
-    """Seconds of launching one op, and of the gap behind it.
+def _launching(has_experts: bool, prices: Prices, running: Running) -> float:
+    """Seconds of launching one op.
 
     A captured graph holds a block with experts only where no size comes back from the GPU: with HybridEP, or
     with a fixed capacity.
     """
     fixed = prices.static_experts or running.dispatcher == "hybridep"
     if prices.graphed and (fixed or not has_experts):
-        return prices.constants.host["graph"].value, 0.0
+        return prices.constants.host["graph"].value
     eager = "experts" if has_experts and not prices.static_experts else "dense"
-    return prices.constants.host[eager].value, prices.constants.gap.value
+    return prices.constants.host[eager].value
 
 
 def compute_in_step(kernels: PhaseParts, prices: Prices) -> Array:
     """Seconds of a phase's kernels inside a step."""
     fitted = prices.constants
-    work = kernels["matmul"] + kernels["grouped"] + prices.attention * kernels["attention"]
+    work = kernels["matmul"] + prices.grouped * kernels["grouped"] + prices.attention * kernels["attention"]
     return prices.slowdown * work + prices.memory * (
         kernels["memory"] + fitted.fp8_cast.value * kernels["casts"]
     )
