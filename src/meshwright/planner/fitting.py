@@ -90,14 +90,14 @@ class Fitting:
         space = self.space
         return Setting(space.engine, space.workload, zero_stage, self.pp, runs_on_cpu(space.cluster))
 
-    def states_fit(self, stages: Stages, zero_stage: ZeroStage, rows: Array) -> Array:
-        """Whether model states alone leave room, on every rank: a bound that costs little."""
+    def states_bytes(self, stages: Stages, zero_stage: ZeroStage, rows: Array) -> Array:
+        """Bytes that the fullest rank needs at least: model states and the runtime's context."""
         nothing = BlockBytes(*[0] * len(BlockBytes.__slots__))
-        fits = np.ones(len(rows), bool)
+        most = np.zeros(len(rows))
         for params in np.unique(stages.params, axis=0):
             content = RankContent(0, (nothing,), self._held(params, rows), 0, (), 0)
-            fits &= self._total(zero_stage, content, rows) <= self.space.cluster.gpu.memory
-        return fits
+            most = np.maximum(most, self._total(zero_stage, content, rows))
+        return most
 
     def worst_bytes(self, stages: Stages, choice: Choice, rows: Array) -> Array:
         """Peak bytes of the rank that needs most, for some bases by their positions."""

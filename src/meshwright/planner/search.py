@@ -1,0 +1,261 @@
+"""The fastest candidates of a space, found without pricing those that cannot be among them.
+
+Memory comes first. What fits gets a bound that its step time cannot be below (`Pricing.bound`), which costs a
+fraction of the price. Candidates are priced from the lowest bound up, until no bound is below the time of the
+last one that is wanted; after that, those that could still be the fastest at a smaller memory. So the fastest
+`wanted` candidates are exact, and so is the fastest at every step of memory. An exhaustive search prices
+everything that fits.
+
+Everything is deterministic: equal times are ordered by memory, then by the order of the space, which lists
+what is simpler first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from meshwright.planner.fitting import Fitting, columns_of
+from meshwright.planner.prices import Prices
+from meshwright.planner.pricing import AtLength, Pricing
+from meshwright.planner.space import Candidate, Choice, Pipeline, Space
+from meshwright.planner.stages import Stages, stages_of
+
+Array = Any
+CHUNK = 8192
+"""Candidates priced in one call: bounds the memory of a search."""
+FIRST = 512
+"""Candidates of the lowest bounds that are priced first, to know what a good time is."""
+MEMORY_STEPS = 64
+"""Steps of the GPU's memory at each of which the fastest candidate is kept."""
+
+Progress = Callable[[float], None]
+"""Told the share of a search that is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """One priced candidate."""
+
+    candidate: Candidate
+    step_time_s: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found: the fastest candidates in order, the fastest at each step of memory, and counts.
+
+    `legal` = `memory_rejected` + `feasible`; of those that fit, `priced` were priced, and no other can be in
+    `best` or `front`. `nearest` is what needs least memory, where nothing fits.
+    """
+
+    best: tuple[Priced, ...]
+    front: tuple[Priced, ...]
+    legal: int
+    memory_rejected: int
+    feasible: int
+    priced: int
+    nearest: Priced | None
+    wall_s: float
+    cpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Candidates that fit and share pipeline and choice: positions of bases, peak bytes and bounds."""
+
+    pipeline: Pipeline
+    choice: Choice
+    rows: Array
+    bytes: Array
+    bounds: Array
+
+
+class _Points:
+    """All candidates that fit, one after the other in the order of the space; `seconds` where priced."""
+
+    def __init__(self, batches: list[_Batch]) -> None:
+        self.batches = batches
+        self.starts = np.cumsum([0, *(len(batch.rows) for batch in batches)])
+        empty: list[Array] = [np.zeros(0)]
+        self.rows = np.concatenate([*(batch.rows for batch in batches), *empty]).astype(np.int32)
+        self.bytes = np.concatenate([*(batch.bytes for batch in batches), *empty])
+        self.bounds = np.concatenate([*(batch.bounds for batch in batches), *empty])
+        self.seconds = np.full(len(self.rows), np.inf)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def by_batch(self, chosen: Array) -> Iterator[tuple[_Batch, Array]]:
+        """Chosen positions in ascending order, split by batch and into chunks."""
+        cuts = np.searchsorted(chosen, self.starts)
+        for batch, first, last in zip(self.batches, cuts[:-1], cuts[1:], strict=True):
+            for start in range(first, last, CHUNK):
+                yield batch, chosen[start : min(start + CHUNK, last)]
+
+    def priced(self, position: int) -> Priced:
+        """One priced candidate."""
+        batch = self.batches[int(np.searchsorted(self.starts, position, "right")) - 1]
+        candidate = Candidate(batch.pipeline, batch.choice, int(self.rows[position]))
+        return Priced(candidate, float(self.seconds[position]), int(self.bytes[position]))
+
+
+class Search:
+    """One search of a space, for steps of these sequence lengths."""
+
+    def __init__(
+        self,
+        space: Space,
+        priced: Prices,
+        lengths: Sequence[AtLength],
+        wanted: int = 20,
+        exhaustive: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self.space, self.priced, self.lengths = space, priced, lengths
+        self.wanted, self.exhaustive = wanted, exhaustive
+        self.report = progress or (lambda share: None)
+        self.step_bytes = space.cluster.gpu.memory / MEMORY_STEPS
+        self._pricing: dict[int, Pricing] = {}
+        self._stages: dict[Pipeline, Stages] = {}
+        self._fastest = np.full(MEMORY_STEPS + 1, np.inf)
+        self._best = np.full(wanted, np.inf)
+        self._nearest: Priced | None = None
+
+    def run(self) -> Found:
+        """Search the space."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        legal = self.space.counted()
+        points = _Points(list(self._fitting()))
+        self._price_what_counts(points)
+        self.report(1.0)
+        known = np.flatnonzero(np.isfinite(points.seconds))
+        ordered = known[_order(points.seconds[known], points.bytes[known])]
+        return Found(
+            best=tuple(points.priced(position) for position in ordered[: self.wanted]),
+            front=tuple(points.priced(position) for position in self._front(points, ordered)),
+            legal=legal,
+            memory_rejected=legal - len(points),
+            feasible=len(points),
+            priced=len(known),
+            nearest=None if len(points) else self._nearest,
+            wall_s=time.perf_counter() - wall,
+            cpu_s=time.process_time() - cpu,
+        )
+
+    def _fitting(self) -> Iterator[_Batch]:
+        """What fits, with bounds."""
+        done, count = 0, sum(map(len, self.space.pipelines.values()))
+        for pp, pipelines in self.space.pipelines.items():
+            columns = columns_of(self.lengths[0].tables, pp)
+            fitting = Fitting(self.lengths[0].tables, pp, columns)
+            self._pricing[pp] = Pricing(self.lengths, self.priced, pp, columns)
+            for pipeline in pipelines:
+                self._stages[pipeline] = stages_of(self.space.model, pipeline)
+                for zero_stage in dict.fromkeys(choice.zero_stage for choice in self.space.choices):
+                    mine = [choice for choice in self.space.choices if choice.zero_stage == zero_stage]
+                    yield from self._fitting_of(fitting, pipeline, mine)
+                done += 1
+                self.report(0.7 * done / count)
+
+    def _fitting_of(self, fitting: Fitting, pipeline: Pipeline, choices: list[Choice]) -> Iterator[_Batch]:
+        """What fits of choices with one ZeRO stage under one pipeline: model states, then all of it."""
+        stages, capacity = self._stages[pipeline], self.space.cluster.gpu.memory
+        offered = {choice: self.space.offers(pipeline, choice) for choice in choices}
+        able = np.flatnonzero(self.space.runs(pipeline) & np.any(list(offered.values()), axis=0))
+        states = fitting.states_bytes(stages, choices[0].zero_stage, able)
+        for alike in _alike_in_memory(choices):
+            wanted = np.any([offered[choice][able] for choice in alike], axis=0)
+            rows = able[wanted & (states <= capacity)]
+            used = fitting.worst_bytes(stages, alike[0], rows)
+            least = (rows, used) if len(rows) else (able[wanted], states[wanted])
+            self._note_nearest(pipeline, alike[0], *least)
+            for choice in alike:
+                fits = (used <= capacity) & offered[choice][rows]
+                if fits.any():
+                    mine = rows[fits]
+                    bounds = self._pricing[pipeline.pp].bound(stages, choice, mine)
+                    yield _Batch(pipeline, choice, mine.astype(np.int32), used[fits], bounds)
+
+    def _note_nearest(self, pipeline: Pipeline, choice: Choice, rows: Array, used: Array) -> None:
+        """Remember what needs least memory; only its model states where those alone are too much."""
+        if not len(rows):
+            return
+        least = int(used.argmin())
+        if self._nearest is None or used[least] < self._nearest.peak_memory_bytes:
+            found = Candidate(pipeline, choice, int(rows[least]))
+            self._nearest = Priced(found, float("inf"), int(used[least]))
+
+    def _price_what_counts(self, points: _Points) -> None:
+        """Price the lowest bounds, then all that could be among the best, then all that could be the fastest
+        at its memory."""
+        if self.exhaustive or len(points) <= FIRST:
+            self._price(points, np.arange(len(points)))
+            return
+        lowest = np.sort(np.argpartition(points.bounds, FIRST)[:FIRST])
+        self._price(points, lowest)
+        self.report(0.75)
+        for batch, chosen in points.by_batch(_unpriced(points, points.bounds <= self._best[-1])):
+            still = chosen[points.bounds[chosen] <= self._best[-1]]
+            self._price_of(points, batch, still)
+        self.report(0.9)
+        steps = self._steps(points.bytes)
+        while True:
+            ahead = _unpriced(points, points.bounds < self._fastest[steps])
+            if not len(ahead):
+                return
+            order = np.lexsort((points.bounds[ahead], steps[ahead]))
+            place = np.arange(len(ahead)) - np.searchsorted(steps[ahead][order], steps[ahead][order])
+            self._price(points, np.sort(ahead[order[place < AHEAD]]))
+
+    def _price(self, points: _Points, chosen: Array) -> None:
+        for batch, positions in points.by_batch(chosen):
+            self._price_of(points, batch, positions)
+
+    def _price_of(self, points: _Points, batch: _Batch, positions: Array) -> None:
+        """Price points of one batch; keep the best times, and the fastest at each step of memory."""
+        if not len(positions):
+            return
+        pricing, stages = self._pricing[batch.pipeline.pp], self._stages[batch.pipeline]
+        seconds = pricing.seconds(stages, batch.choice, points.rows[positions])
+        points.seconds[positions] = seconds
+        self._best = np.sort(np.concatenate([self._best, seconds]))[: self.wanted]
+        np.minimum.at(self._fastest, self._steps(points.bytes[positions]), seconds)
+        self._fastest = np.minimum.accumulate(self._fastest)
+
+    def _steps(self, used: Array) -> Array:
+        return np.ceil(used / self.step_bytes).astype(np.int64)
+
+    def _front(self, points: _Points, ordered: Array) -> Array:
+        """Of candidates from the fastest on, those that need fewer steps of memory than all before them."""
+        steps = self._steps(points.bytes[ordered])
+        least = np.minimum.accumulate(np.concatenate([[MEMORY_STEPS + 1], steps]))[:-1]
+        return ordered[steps < least]
+
+
+AHEAD = 64
+"""Candidates of each step of memory that are priced at once when the fastest of each is looked for."""
+
+
+def _unpriced(points: _Points, wanted: Array) -> Array:
+    return np.flatnonzero(wanted & ~np.isfinite(points.seconds))
+
+
+def _order(seconds: Array, used: Array) -> Array:
+    """By time, then memory, then place; times within 10⁻¹⁰ are equal, whatever order sums were made in."""
+    if not len(seconds):
+        return np.zeros(0, np.int64)
+    return np.lexsort((used, np.round(seconds / seconds.min() * 1e10)))
+
+
+def _alike_in_memory(choices: list[Choice]) -> list[list[Choice]]:
+    """Choices with one ZeRO stage, grouped by what memory depends on: all but the overlap."""
+    groups: dict[tuple[str, str], list[Choice]] = {}
+    for choice in choices:
+        groups.setdefault((choice.recompute, choice.dispatcher), []).append(choice)
+    return list(groups.values())
