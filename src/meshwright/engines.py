@@ -66,6 +66,7 @@ class Engine(Noun):
     loss: Fact[LogitBytes]
     fused_loss: Fact[LogitBytes]
     vocabulary_multiple: Fact[Count]
+    partitions_sends: Fact[bool]
     selective: Fact[tuple[str, ...]]
     etp_follows_tp: Fact[bool]
     expert_overlap: Fact[ExpertOverlap]

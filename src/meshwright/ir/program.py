@@ -246,8 +246,14 @@ def _sends(plan: Plan, shape: Shape, stage: int, num_stages: int) -> Iterator[Co
 
 
 def send_bytes(model: Model, shape: Shape, degrees: Degrees) -> int:
-    """Bytes of the residual stream that one rank sends to a neighbouring stage. Elementwise."""
-    return shape.scattered.local(degrees) * model.hidden_size * shape.element_bytes
+    """Bytes of the residual stream that one rank sends to a neighbouring stage. Elementwise.
+
+    Without sequence parallelism each rank of tp holds all of it; some engines send a share each.
+    """
+    whole = shape.scattered.local(degrees) * model.hidden_size * shape.element_bytes
+    if not shape.engine.partitions_sends.value:
+        return whole
+    return -(-whole * degrees["sp"] // degrees["tp"])
 
 
 def degrees_of(layout: Layout, sequence_parallel: bool) -> Degrees:

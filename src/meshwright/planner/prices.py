@@ -50,6 +50,7 @@ class Prices:
     memory: float
     attention: float
     network: float
+    host: str
     graphed: bool
     static_experts: bool
     casts: bool
@@ -100,6 +101,7 @@ def prices(
         memory=1.0 if flat else fitted.memory.value,
         attention=era.attention_slowdown(generation),
         network=fitted.network.value,
+        host="dense" if era.host is None else era.host.value,
         graphed=era.launches_graphs(generation) if stated.graphed is None else stated.graphed,
         static_experts=stated.static_experts,
         casts=low,

@@ -106,15 +106,14 @@ def kernel_times(
         parts: PhaseParts = dict.fromkeys((*KERNELS, "casts", *AXES, *map(outside, AXES)), 0.0)
         for task in of_phase:
             if isinstance(task, ComputeTask):
-                kernel, cast = price_op(task, prices, running)
-                name = KERNEL_OF.get(task.kind, "memory")
-                parts[name], parts["casts"] = parts[name] + kernel, parts["casts"] + cast
+                for name, seconds in price_op(task, prices, running).items():
+                    parts[name] = parts[name] + seconds
             else:
                 axis = "dp" if task.axis in ("dp_cp", "edp") else task.axis
                 near, far = price_collective(task, prices, groups, running)
                 parts[axis], parts[outside(axis)] = parts[axis] + near, parts[outside(axis)] + far
         # Among many layouts some have one rank along an axis, and launch nothing there.
-        parts["launches"] = sum(isinstance(task, ComputeTask) or task.num_ranks > 1 for task in of_phase)
+        parts["launches"] = sum(_launches(task, prices) for task in of_phase)
         times[phase] = parts
     return times
 
@@ -154,7 +153,7 @@ def _launching(has_experts: bool, prices: Prices, running: Running) -> float:
     fixed = prices.static_experts or running.dispatcher == "hybridep"
     if prices.graphed and (fixed or not has_experts):
         return prices.constants.host["graph"].value
-    eager = "experts" if has_experts and not prices.static_experts else "dense"
+    eager = "experts" if has_experts and not prices.static_experts else prices.host
     return prices.constants.host[eager].value
 
 
@@ -183,21 +182,22 @@ def _hidden(axis: str, prices: Prices, running: Running) -> Array:
     return prices.hidden(_OVERLAPPED_AS[axis])
 
 
-def price_op(task: ComputeTask, prices: Prices, running: Running) -> tuple[Array, Array]:
-    """Seconds of one op's kernel alone, and of casting its fp8 operands once."""
+def price_op(task: ComputeTask, prices: Prices, running: Running) -> PhaseParts:
+    """Seconds of one op's kernel alone, by what bounds it, and of casting its fp8 operands once."""
     sizes, flops = task.sizes, task.flops
     if task.kind is OpKind.GROUPED_MATMUL:
         sizes = (sizes[0], sizes[1] * running.load, *sizes[2:])
         flops = flops * running.load
     if task.kind is OpKind.ATTENTION and not prices.flash_attention:
-        return _scored_attention(task, prices), 0.0
+        return _scored_attention(task, prices)
     low = prices.casts and task.kind in _MATMULS and not task.name.endswith(_PRECISE)
     rates = prices.compute if low or task.kind not in _MATMULS else prices.precise
     kernel = compute_seconds(rates, task.kind, task.phase, sizes, flops, task.traffic_bytes)
-    return kernel, _cast_bytes(task) / prices.memory_bytes_per_s if low else 0.0
+    parts = {KERNEL_OF.get(task.kind, "memory"): kernel}
+    return parts | {"casts": _cast_bytes(task) / prices.memory_bytes_per_s} if low else parts
 
 
-def _scored_attention(task: ComputeTask, prices: Prices) -> Array:
+def _scored_attention(task: ComputeTask, prices: Prices) -> PhaseParts:
     """Attention as matmuls, softmax and dropout of their own: every pair of the square is computed, masked or
     not, and its score passes through memory once for each read and write."""
     batch, heads, queries, keys = task.sizes[:4]
@@ -206,7 +206,17 @@ def _scored_attention(task: ComputeTask, prices: Prices) -> Array:
     # Backward reads the kept probabilities instead of making the scores again: four products, not five.
     flops = 2 * task.flops * (1.0 if forward else 0.8)
     work = compute_seconds(prices.precise, task.kind, task.phase, task.sizes, flops, task.traffic_bytes)
-    return work + moved / prices.memory_bytes_per_s
+    return {"attention": work, "memory": moved / prices.memory_bytes_per_s}
+
+
+def _launches(task: Task, prices: Prices) -> Array:
+    """Kernels that a task launches, as the constants count them: one, and none where nobody is spoken to.
+    Attention without flash kernels has four more of them forward, and eight backward."""
+    if isinstance(task, CommTask):
+        return np.greater(task.num_ranks, 1)
+    if task.kind is not OpKind.ATTENTION or prices.flash_attention:
+        return 1
+    return 5 if task.phase in ("forward", "recompute") else 9
 
 
 def _cast_bytes(task: ComputeTask) -> Array:

@@ -28,6 +28,7 @@ STARTS: dict[str, tuple[float, float]] = {
     "grouped": (0.9, 0.2),
     "memory": (0.8, 0.15),
     "host.dense": (60e-6, 0.7),
+    "host.early": (100e-6, 0.7),
     "host.experts": (120e-6, 0.7),
     "host.graph": (10e-6, 0.7),
     "hidden.tensor": (0.6, 1.0),
