@@ -10,7 +10,7 @@ array of them that stands for many layouts at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
@@ -170,15 +170,15 @@ def attention_pairs(num_queries: int, window: int | None) -> int:
     return window * num_queries - window * (window - 1) // 2
 
 
-def flops(op: Op, degrees: Degrees) -> Flops:
+def flops(op: Op, degrees: Degrees, sizes: Sequence[int] | None = None) -> Flops:
     """FLOPs of an op on one rank.
 
     Matmuls: 2mnk forward, the same for each gradient. Causal attention: pairs·heads·batch·2(d_qk + d_v)
     forward; backward recomputes the scores as FlashAttention-2 does (arXiv:2307.08691 §3.1):
     2(3·d_qk + 2·d_v) per pair.
-    Other kinds count 0: memory bandwidth bounds them.
+    Other kinds count 0: memory bandwidth bounds them. `sizes`: the op's dims on the rank, where known.
     """
-    sizes = [dim.local(degrees) for dim in op.dims]
+    sizes = sizes or [dim.local(degrees) for dim in op.dims]
     match op.kind:
         case OpKind.MATMUL | OpKind.GROUPED_MATMUL:
             work = 2 * prod(sizes[-3:])
@@ -200,9 +200,10 @@ class Traffic:
     weight_gradient: int
 
 
-def traffic(op: Op, degrees: Degrees) -> Traffic:
-    """Bytes moved through memory: each operand read once and each result written once per pass."""
-    sizes = [dim.local(degrees) for dim in op.dims]
+def traffic(op: Op, degrees: Degrees, sizes: Sequence[int] | None = None) -> Traffic:
+    """Bytes moved through memory: each operand read once and each result written once per pass. `sizes` as
+    for `flops`."""
+    sizes = sizes or [dim.local(degrees) for dim in op.dims]
     unit = op.bytes_per_element
     match op.kind:
         case OpKind.MATMUL:

@@ -74,19 +74,39 @@ def block_tasks(
 
     `parameter_tasks` are those that ZeRO adds to the block (see `parameter_gathers`). Elementwise.
     """
+    return block_at_levels(block, degrees, engine, (recompute,), parameter_tasks)[recompute]
+
+
+def block_at_levels(
+    block: Block,
+    degrees: Degrees,
+    engine: Engine,
+    levels: Iterable[Recompute],
+    parameter_tasks: Iterable[Task] = (),
+) -> dict[Recompute, LoweredBlock]:
+    """The same at several levels of recompute, with what they have in common made once."""
     tasks: list[Task] = []
     for node in block.nodes:
         if isinstance(node, Op):
             tasks += _compute_tasks(node, degrees)
         else:
             tasks += _comm_tasks(node, degrees)
-    selective = engine.selective.value
-    tasks += _repeated(block, tasks, recompute, selective)
-    tasks += parameter_tasks
-    whole = _sizes(saved_tensors(block.ops), degrees)
-    kept = _sizes(kept_tensors(block, recompute, selective), degrees)
+    selective, added = engine.selective.value, list(parameter_tasks)
+    every = saved_tensors(block.ops)
+    whole = _sizes(every, degrees)
     outputs = sum(_output_bytes(op, degrees) for op in block.ops if op.kind in MATMULS)
-    return LoweredBlock(block.name, tuple(tasks), kept, whole, outputs)
+    lowered: dict[Recompute, LoweredBlock] = {}
+    for level in levels:
+        repeated = _repeated(block, tasks, level, selective)
+        kept = kept_tensors(block, level, selective)
+        known = {name for name, saved in kept.items() if name in every and saved.dims is every[name].dims}
+        new = _sizes({name: saved for name, saved in kept.items() if name not in known}, degrees)
+        sizes = {
+            name: (whole[name][0], saved.for_weight) if name in known else new[name]
+            for name, saved in kept.items()
+        }
+        lowered[level] = LoweredBlock(block.name, (*tasks, *repeated, *added), sizes, whole, outputs)
+    return lowered
 
 
 def _repeated(
@@ -115,7 +135,7 @@ def _sizes(tensors: dict[str, Saved], degrees: Degrees) -> dict[str, tuple[int, 
 
 def _compute_tasks(op: Op, degrees: Degrees) -> Iterator[ComputeTask]:
     sizes = tuple(dim.local(degrees) for dim in op.dims)
-    work, moved = flops(op, degrees), traffic(op, degrees)
+    work, moved = flops(op, degrees, sizes), traffic(op, degrees, sizes)
     for phase in PHASES:
         if not is_nothing(getattr(moved, phase)):
             yield ComputeTask(op.name, phase, op.kind, sizes, getattr(work, phase), getattr(moved, phase))

@@ -17,7 +17,7 @@ from meshwright.model import Model
 from meshwright.planner.space import Bases, Choice, Pipeline
 from meshwright.planner.stages import RankWeights, Stages, fullest_ranks, layer_kinds
 from meshwright.planner.tables import Tables, as_floats
-from meshwright.policy import Dispatcher, Recompute, ZeroStage
+from meshwright.policy import Dispatcher, Recompute, ScheduleName, ZeroStage
 
 Array = Any
 _SUMMED = ("dense", "experts", "dense_share", "expert_share")
@@ -84,6 +84,9 @@ class Fitting:
         self._blocks: dict[tuple[Dispatcher, Recompute], tuple[BlockBytes, ...]] = {}
         self._merged: dict[tuple[Dispatcher, Recompute, tuple[bool, ...]], BlockBytes] = {}
         self._ranks: dict[tuple[Pipeline, int], tuple[RankWeights, ...]] = {}
+        self._needed: dict[tuple[ScheduleName, int], Array] = {}
+        self._holdings: dict[bytes, Array] = {}
+        self._largest: dict[bytes, Array] = {}
 
     def setting(self, zero_stage: ZeroStage) -> Setting:
         """What memory depends on beside blocks and parameters."""
@@ -101,17 +104,23 @@ class Fitting:
 
     def worst_bytes(self, stages: Stages, choice: Choice, rows: Array) -> Array:
         """Peak bytes of the rank that needs most, for some bases by their positions."""
-        pipeline, m = stages.pipeline, self.columns.num_micro_batches[rows]
-        if pipeline.schedule == "GPipe":  # holds all micro-batches alike: as many times as much as of one
-            return self._fullest(stages, choice, rows, 1, m)
-        distinct, where = np.unique(m, return_inverse=True)
-        needed = [enough_micro_batches(pipeline.schedule, pipeline.pp, count) for count in distinct.tolist()]
-        enough = np.array(needed, np.int64)[where]
+        if stages.pipeline.schedule == "GPipe":  # holds all alike: as many times as much as of one
+            return self._fullest(stages, choice, rows, 1, self.columns.num_micro_batches[rows])
+        enough = self._enough(stages.pipeline)[rows]
         worst = np.zeros(len(rows))
-        for count in set(needed):
+        for count in np.flatnonzero(np.bincount(enough)).tolist():
             mine = np.flatnonzero(enough == count)
             worst[mine] = self._fullest(stages, choice, rows[mine], count, 1)
         return worst
+
+    def _enough(self, pipeline: Pipeline) -> Array:
+        """How many micro-batches show what each base holds at most."""
+        key = (pipeline.schedule, pipeline.vpp)
+        if key not in self._needed:
+            distinct, where = np.unique(self.columns.num_micro_batches, return_inverse=True)
+            needed = [enough_micro_batches(pipeline.schedule, self.pp, count) for count in distinct.tolist()]
+            self._needed[key] = np.array(needed, np.int64)[where]
+        return self._needed[key]
 
     def _fullest(self, stages: Stages, choice: Choice, rows: Array, enough: int, times: Array) -> Array:
         blocks = self._of(choice)
@@ -154,11 +163,18 @@ class Fitting:
 
     def _held(self, params: Array, rows: Array) -> Holding:
         """What a rank holds of so many parameters of each kind."""
-        sums: Any = [params @ self.columns.sums[what][:, rows] for what in range(len(_SUMMED))]
+        key = params.tobytes()
+        if key not in self._holdings:
+            self._holdings[key] = np.array([params @ of_kinds for of_kinds in self.columns.sums])
+        sums: Any = self._holdings[key][:, rows]
         return Holding(**dict(zip(_SUMMED, sums, strict=True)))
 
     def _largest_block(self, params: Array, rows: Array) -> Any:
-        return self.columns.largest[params > 0][:, rows].max(axis=0)
+        present = params > 0
+        key = present.tobytes()
+        if key not in self._largest:
+            self._largest[key] = self.columns.largest[present].max(axis=0)
+        return self._largest[key][rows]
 
     def _chunks(self, weights: RankWeights, zero_stage: ZeroStage, rows: Array) -> list[Holding]:
         """What each chunk holds: only ZeRO-3 asks."""

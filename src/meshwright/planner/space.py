@@ -256,7 +256,7 @@ def runs_zero(engine: EngineName, pipeline: Pipeline, zero_stage: ZeroStage) -> 
     if pipeline.pp == 1:
         return True
     splits = zero_stage == 3 and pipeline.schedule in SPLIT_BACKWARD
-    return not splits and not (engine == "deepspeed" and zero_stage >= 2)
+    return not splits and (zero_stage < 2 or divides_under_pipelines(engine))
 
 
 def runs_overlap(engine: Engine, workload: Workload, pipeline: Pipeline, choice: Choice) -> bool:

@@ -19,7 +19,7 @@ from meshwright.cost.parts import BlockBytes, Setting, block_bytes, head_bytes
 from meshwright.ir.blocks import embedding_block, head_block, layer_block
 from meshwright.ir.dense import Shape
 from meshwright.ir.graph import Block, CollectiveKind
-from meshwright.ir.lowering import LoweredBlock, block_tasks, gradient_reductions, parameter_gathers
+from meshwright.ir.lowering import LoweredBlock, block_at_levels, gradient_reductions, parameter_gathers
 from meshwright.ir.parameters import block_parameters
 from meshwright.ir.program import input_bytes, send_bytes
 from meshwright.ir.step import phases_that_gather, reduces_in_backward
@@ -194,7 +194,7 @@ class Tables:
         levels = dict.fromkeys(["none", *(c.recompute for c in self.space.choices)])
         if isinstance(kind, str):
             levels = {"none": None}
-        lowered = {level: block_tasks(block, degrees, engine, level, added) for level in levels}
+        lowered = block_at_levels(block, degrees, engine, levels, added)
         found = _Entries(self._seconds(rows, lowered, dispatcher, bool(traffic)), {})
         if self.needs_bytes:
             tp: Any = rows.tp
