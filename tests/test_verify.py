@@ -137,9 +137,9 @@ ERRORS: dict[str, tuple[dict[str, Any], str, str]] = {
         "deepspeed engine does not run it",
     ),
     "ZeRO of the engine": (
-        {"policy.engine": "megatron", "policy.zero_stage": 3},
+        {"policy.engine": "torchtitan", "policy.zero_stage": 1},
         "policy.zero_stage",
-        "megatron engine does not run it",
+        "torchtitan engine does not run it",
     ),
     "precision of the GPU": (
         {"policy.engine": "megatron", "workload.precision": "fp8", "cluster.gpu": gpu_named("a100-80gb")},
@@ -212,7 +212,12 @@ ERRORS: dict[str, tuple[dict[str, Any], str, str]] = {
     "ZeRO 2 in a DeepSpeed pipeline": (
         {"policy.engine": "deepspeed", "policy.zero_stage": 2},
         "policy.zero_stage",
-        "DeepSpeed pipelines",
+        "pipelines of deepspeed",
+    ),
+    "ZeRO 3 in a Megatron pipeline": (
+        {"policy.engine": "megatron", "policy.zero_stage": 3},
+        "policy.zero_stage",
+        "pipelines of megatron",
     ),
     "too few micro-batches": ({"workload.global_batch_size": 4}, "workload.global_batch_size", "at least 2"),
     "unequal rounds": (

@@ -17,7 +17,7 @@ from meshwright.ir.schedule import require_buildable
 from meshwright.layout import Layout, divisors, nearest_divisors, nearest_to
 from meshwright.model import Model
 from meshwright.plan import Plan, split_layers
-from meshwright.policy import SPLIT_BACKWARD, Policy
+from meshwright.policy import SPLIT_BACKWARD, EngineName, Policy
 from meshwright.workload import Workload
 
 
@@ -157,7 +157,7 @@ def stage_findings(model: Model, layout: Layout, policy: Policy) -> Iterator[Fin
         rule = f"must add up to num_hidden_layers = {model.num_hidden_layers}"
         yield Finding("policy.layers_per_stage", sum(stages), rule, (model.num_hidden_layers,))
     elif stages.count(0) > num_empty_stages(policy) and len(stages) <= model.num_hidden_layers:
-        rule = "a stage has a layer; only Megatron's first and last may be the embedding's or the head's alone"
+        rule = "a stage has a layer; only Megatron's first and last may hold none"
         even = split_layers(model.num_hidden_layers, len(stages))
         yield Finding("policy.layers_per_stage", stages, rule, (even,))
 
@@ -201,11 +201,18 @@ def _combination_findings(model: Model, layout: Layout, policy: Policy, engine: 
             "needs them and gives wrong gradients without an error"
         )
         yield Finding("policy.zero_stage", 3, rule, (1, 2))
-    if policy.engine == "deepspeed" and policy.zero_stage >= 2 and layout.pp > 1:
-        yield Finding("policy.zero_stage", policy.zero_stage, "DeepSpeed pipelines take ZeRO 0 or 1", (0, 1))
+    if not divides_under_pipelines(policy.engine) and policy.zero_stage >= 2 and layout.pp > 1:
+        rule = f"pipelines of {policy.engine} take ZeRO 0 or 1"
+        yield Finding("policy.zero_stage", policy.zero_stage, rule, (0, 1))
     if policy.zero_stage == 0 and layout.dp * layout.cp > 1 and 0 in engine.zero_stages:
         rule = "each data-parallel rank keeps all optimizer states; 1 divides them for the same traffic"
         yield Finding("policy.zero_stage", 0, rule, (1,), "warning")
+
+
+def divides_under_pipelines(engine: EngineName) -> bool:
+    """Whether an engine runs ZeRO-2 and 3 under a pipeline: DeepSpeed refuses it, and Megatron-FSDP is taken
+    to be for layouts without one (its second version says so: distributed/fsdp/mcore_fsdp_adapter.py)."""
+    return engine in ("native", "torchtitan")
 
 
 def _overlap_findings(

@@ -40,6 +40,7 @@ from meshwright.policy import (
     ScheduleName,
     ZeroStage,
 )
+from meshwright.verify import divides_under_pipelines
 from meshwright.workload import Workload
 
 Array = Any

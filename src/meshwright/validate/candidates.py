@@ -26,8 +26,9 @@ MOST_CANDIDATES = 24
 MICRO_BATCHES_PER_STAGE = 8
 """Micro-batches per pipeline rank where a row states no batch: enough for the pipeline to be full."""
 LONGEST_MICRO_BATCH_TOKENS = 32_768
-FULL_SHARE = 1.5
-"""Predicted memory over the GPU's, above which a plan is taken not to have fitted."""
+FULL_SHARE = 1.1
+"""Predicted memory over the GPU's, above which a plan is taken not to have fitted: predictions of measured
+memory are within a few percent."""
 
 
 @dataclass(frozen=True, slots=True)

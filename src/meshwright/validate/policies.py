@@ -82,7 +82,8 @@ def engine_of(row: Row) -> EngineName:
     sharded = "fsdp" in name or "fsdp" in row.zero.lower()
     if "deepspeed" in name:
         return "deepspeed"
-    if sharded or re.search(r"torchtitan|foundry|composer|automodel|pytorch|fsdp", name):
+    of_megatron = re.search(r"megatron|mcore|bridge", f"{name} {row.zero.lower()}")
+    if (sharded and not of_megatron) or re.search(r"torchtitan|foundry|composer|automodel|pytorch", name):
         return "torchtitan"
     if re.search(r"megatron|mcore|nemo|megascale|primus|hai-llm|bridge|mlite|maxtext", name):
         return "megatron"
