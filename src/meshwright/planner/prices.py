@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from meshwright.cluster import Cluster
 from meshwright.cost.collectives import LinkRates, link_rates
@@ -13,6 +14,8 @@ from meshwright.eras import Era, era_named, era_of
 from meshwright.policy import EngineName
 from meshwright.workload import Precision
 
+GraphScope = Literal["none", "partial", "full"]
+"""What captured CUDA graphs launch: nothing, all but the experts' part of a layer, or everything."""
 Overlap = Mapping[str, bool]
 """What runs beside compute: `tensor`, `data`, `gather`, `pipeline`, `context`."""
 
@@ -21,7 +24,7 @@ Overlap = Mapping[str, bool]
 class Conditions:
     """What a run states about how it was executed, beyond its plan.
 
-    `overlap` replaces facts of the era, and so does `graphed`: whether captured CUDA graphs launch the ops.
+    `overlap` replaces facts of the era, and so does `graphs`: what captured CUDA graphs launch.
     `fp8_recipe` is how fp8 is scaled: by default per tensor on Hopper, per block (MXFP8) on Blackwell.
     `balanced` is False for real routing that nobody described; `static_experts` is True where every expert
     takes a fixed number of tokens, so that no size has to come back from the GPU.
@@ -29,7 +32,7 @@ class Conditions:
 
     era: str | None = None
     overlap: Overlap = field(default_factory=dict)
-    graphed: bool | None = None
+    graphs: GraphScope | None = None
     fp8_recipe: Recipe | None = None
     balanced: bool = True
     static_experts: bool = False
@@ -51,7 +54,7 @@ class Prices:
     attention: float
     network: float
     host: str
-    graphed: bool
+    graphs: GraphScope
     static_experts: bool
     casts: bool
     flat: bool
@@ -102,7 +105,7 @@ def prices(
         attention=era.attention_slowdown(generation),
         network=fitted.network.value,
         host="dense" if era.host is None else era.host.value,
-        graphed=era.launches_graphs(generation) if stated.graphed is None else stated.graphed,
+        graphs=stated.graphs or ("partial" if era.launches_graphs(generation) else "none"),
         static_experts=stated.static_experts,
         casts=low,
         flat=flat,

@@ -50,7 +50,8 @@ BlockTimes = dict[Phase, PhaseParts]
 """Seconds by phase and part (PARTS): what a block takes inside a step."""
 KernelTimes = dict[Phase, PhaseParts]
 """Seconds by phase of kernels alone (KERNELS), `casts` (casting each fp8 operand once) and communication by
-axis, inside a node and `outside`, none of it hidden; and `launches`, how many ops the phase has."""
+axis, inside a node and `outside`, none of it hidden; and how many ops the phase launches, those on routed
+tokens (`launches_experts`) apart from the others (`launches`)."""
 
 
 def outside(axis: str) -> str:
@@ -113,7 +114,8 @@ def kernel_times(
                 near, far = price_collective(task, prices, groups, running)
                 parts[axis], parts[outside(axis)] = parts[axis] + near, parts[outside(axis)] + far
         # Among many layouts some have one rank along an axis, and launch nothing there.
-        parts["launches"] = sum(_launches(task, prices) for task in of_phase)
+        for name, routed in (("launches", False), ("launches_experts", True)):
+            parts[name] = sum(_launches(task, prices) for task in of_phase if _is_routed(task) is routed)
         times[phase] = parts
     return times
 
@@ -129,7 +131,6 @@ def block_times(kernels: KernelTimes, prices: Prices, running: Running) -> Block
     """
     times: BlockTimes = {}
     has_experts = bool(np.any(kernels["forward"]["grouped"] > 0))
-    host_s = _launching(has_experts, prices, running)
     for phase, of_phase in kernels.items():
         compute = compute_in_step(of_phase, prices)
         parts: PhaseParts = {"compute": compute}
@@ -138,23 +139,27 @@ def block_times(kernels: KernelTimes, prices: Prices, running: Running) -> Block
                 comm_in_step(of_phase, axis, prices), compute, _hidden(axis, prices, running)
             )
         work = sum(parts.values()) - parts["ep"]
-        launching = of_phase["launches"] * host_s
+        launching = _launching_s(of_phase, has_experts, prices, running)
         parts["host"] = np.sqrt(np.sqrt(work**4 + launching**4)) - work
         times[phase] = parts
     return times
 
 
-def _launching(has_experts: bool, prices: Prices, running: Running) -> float:
-    """Seconds of launching one op.
+def _launching_s(launches: PhaseParts, has_experts: bool, prices: Prices, running: Running) -> Array:
+    """Seconds of launching the ops of a phase.
 
-    A captured graph holds a block with experts only where no size comes back from the GPU: with HybridEP, or
-    with a fixed capacity.
+    Eagerly, every op of a block waits for the experts' sizes to come back to the host, unless they are fixed
+    or stay on the GPU (HybridEP). A partial graph launches all but the experts' own ops, a full one
+    everything.
     """
-    fixed = prices.static_experts or running.dispatcher == "hybridep"
-    if prices.graphed and (fixed or not has_experts):
-        return prices.constants.host["graph"].value
-    eager = "experts" if has_experts and not prices.static_experts else prices.host
-    return prices.constants.host[eager].value
+    host = prices.constants.host
+    waits = has_experts and not (prices.static_experts or running.dispatcher == "hybridep")
+    eager = host["experts" if waits else prices.host].value
+    routed, others = launches["launches_experts"], launches["launches"]
+    if prices.graphs == "none":
+        return (routed + others) * eager
+    captured = host["graph"].value
+    return others * captured + routed * (captured if prices.graphs == "full" else eager)
 
 
 def compute_in_step(kernels: PhaseParts, prices: Prices) -> Array:
@@ -207,6 +212,12 @@ def _scored_attention(task: ComputeTask, prices: Prices) -> PhaseParts:
     flops = 2 * task.flops * (1.0 if forward else 0.8)
     work = compute_seconds(prices.precise, task.kind, task.phase, task.sizes, flops, task.traffic_bytes)
     return {"attention": work, "memory": moved / prices.memory_bytes_per_s}
+
+
+def _is_routed(task: Task) -> bool:
+    """Whether a task works on tokens that the router has sent: none that stands before or beside it."""
+    name = task.name
+    return ".moe." in name and not any(word in name for word in (".router", ".route", ".shared", ".balance"))
 
 
 def _launches(task: Task, prices: Prices) -> Array:

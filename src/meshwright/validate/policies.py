@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from meshwright.cost.compute import Recipe
+from meshwright.planner.prices import GraphScope
 from meshwright.policy import (
     Dispatcher,
     EngineName,
@@ -46,7 +47,7 @@ class Stated:
     routing: RoutingKind
     static_experts: bool
     compiled: bool | None
-    cuda_graphs: bool | None
+    graphs: GraphScope | None
     offload: frozenset[str]
 
 
@@ -71,7 +72,7 @@ def stated_policy(row: Row, assumed: dict[str, str]) -> Stated:
         routing=routing_of(row.routing),
         static_experts=has_fixed_capacity(row.routing),
         compiled=_compiled(text),
-        cuda_graphs=True if re.search(r"cuda.?graph|\bcg\b", text) else None,
+        graphs=graphs_of(text),
         offload=offload_of(f"{row.zero}; {row.dispatcher_overlap}; {row.notes}"),
     )
 
@@ -287,6 +288,18 @@ def routing_of(text: str) -> RoutingKind:
     if re.search(r"natural|real data", lower):
         return "natural"
     return "balanced" if re.search(r"balanc|capacity|drop|pad", lower) else "unstated"
+
+
+def graphs_of(text: str) -> GraphScope | None:
+    """What captured CUDA graphs hold: the whole step, all but the experts, nothing; None where not said.
+
+    Paging the buffers of experts ("paged stash") is what lets a graph hold them without fixed sizes.
+    """
+    if re.search(r"full.?(iteration.)?(cuda.?graph|\bcg\b)|paged stash", text):
+        return "full"
+    if re.search(r"no cuda.?graph", text):
+        return "none"
+    return "partial" if re.search(r"cuda.?graph|\bcg\b", text) else None
 
 
 def has_fixed_capacity(text: str) -> bool:

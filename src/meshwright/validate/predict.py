@@ -41,7 +41,7 @@ def conditions_of(run: Run) -> Conditions:
     return Conditions(
         era=stated.era,
         overlap=overlap,
-        graphed=stated.cuda_graphs,
+        graphs=stated.graphs,
         fp8_recipe=stated.fp8_recipe,
         balanced=stated.routing != "natural",
         static_experts=stated.static_experts,
