@@ -20,7 +20,10 @@ def smaller(a: int, b: int) -> int:
 
 def rounded_up(amount: float) -> int:
     """The next whole number."""
-    return ceil(amount) if isinstance(amount, float) else -(-amount // 1)
+    if isinstance(amount, int | float):
+        return ceil(amount)
+    below: int = amount.astype("int64")
+    return below + (amount > below)
 
 
 def rounded(amount: float) -> int:

@@ -16,7 +16,7 @@ from meshwright.ir.parameters import Param, embedding_parameters, head_parameter
 from meshwright.model import Model
 from meshwright.planner.space import Bases, Choice, Pipeline
 from meshwright.planner.stages import RankWeights, Stages, fullest_ranks, layer_kinds
-from meshwright.planner.tables import Tables, as_floats
+from meshwright.planner.tables import Tables
 from meshwright.policy import Dispatcher, Recompute, ScheduleName, ZeroStage
 
 Array = Any
@@ -60,14 +60,14 @@ class Columns:
 def columns_of(tables: Tables, pp: int) -> Columns:
     """The columns of a pipeline degree."""
     space, bases = tables.space, tables.space.bases[pp]
-    sizes, count = as_floats(bases), len(bases)
+    count = len(bases)
     params, largest = [], []
     for kind in parameter_kinds(space.model):
         owners: dict[str, list[Param]] = {}
         for param in kind:
             words = param.name.split(".")
             owners.setdefault(words[0] if words[0] != "layers" else "layer", []).append(param)
-        held = [holding(own, sizes) for own in owners.values()]
+        held = [holding(own, bases) for own in owners.values()]
         params.append(sum(held, Holding()))
         largest.append(np.max([one.total * np.ones(count) for one in held], axis=0))
     sums = np.array([[getattr(one, name) * np.ones(count) for one in params] for name in _SUMMED])

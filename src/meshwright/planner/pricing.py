@@ -22,7 +22,7 @@ from meshwright.planner.prices import Prices
 from meshwright.planner.space import Bases, Choice
 from meshwright.planner.stages import Stages
 from meshwright.planner.step import StepComm, optimizer_seconds, step_comm
-from meshwright.planner.tables import Tables, as_floats
+from meshwright.planner.tables import Tables
 from meshwright.planner.times import Running, axis_groups
 from meshwright.policy import ZeroStage
 
@@ -108,8 +108,7 @@ class Pricing:
     @cached_property
     def _held(self) -> list[Holding]:
         """What a rank holds of each kind of parameters, by distinct layout."""
-        sizes = as_floats(self._layouts)
-        return [holding(params, sizes) for params in parameter_kinds(self.space.model)]
+        return [holding(params, self._layouts) for params in parameter_kinds(self.space.model)]
 
     def _comm(self, held: Holding, ends: tuple[bool, bool], zero_stage: ZeroStage) -> Array:
         found = np.zeros((len(_COMM), len(self._layouts)))
@@ -135,7 +134,7 @@ class Pricing:
             zero_stage=zero_stage,
             sequence_parallel=bool(layouts.sequence_parallel[0]),
             pp=self.pp,
-            sizes=as_floats(layouts),
+            sizes=layouts,
         )
         groups = axis_groups(space.cluster, layouts.degrees())
         tasks = communication(facts, Holding(**mine), *ends)

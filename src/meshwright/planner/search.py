@@ -2,9 +2,9 @@
 
 Memory comes first. What fits gets a bound that its step time cannot be below (`Pricing.bound`), which costs a
 fraction of the price. Candidates are priced from the lowest bound up, until no bound is below the time of the
-last one that is wanted; after that, those that could still be the fastest at a smaller memory. So the fastest
-`wanted` candidates are exact, and so is the fastest at every step of memory. An exhaustive search prices
-everything that fits.
+last one that is wanted, or within reach of the best time; after that, those that could still be the fastest
+at a smaller memory. So the fastest `wanted` candidates are exact, and so are the fastest at every step of
+memory and the number within reach. The lowest AT_LEAST bounds are priced in any case.
 
 Everything is deterministic: equal times are ordered by memory, then by the order of the space, which lists
 what is simpler first.
@@ -30,6 +30,11 @@ CHUNK = 8192
 """Candidates priced in one call: bounds the memory of a search."""
 FIRST = 512
 """Candidates of the lowest bounds that are priced first, to know what a good time is."""
+AT_LEAST = 2**18
+"""Candidates that are priced where so many fit: all of a small space, and a fraction of a second in a large
+one."""
+AHEAD = 64
+"""Candidates of each step of memory that are priced at once when the fastest of each is looked for."""
 MEMORY_STEPS = 64
 """Steps of the GPU's memory at each of which the fastest candidate is kept."""
 
@@ -51,7 +56,8 @@ class Found:
     """What a search found: the fastest candidates in order, the fastest at each step of memory, and counts.
 
     `legal` = `memory_rejected` + `feasible`; of those that fit, `priced` were priced, and no other can be in
-    `best` or `front`. `nearest` is what needs least memory, where nothing fits.
+    `best` or `front`, or among those `within_reach` of the best time. `nearest` is what needs least memory,
+    where nothing fits.
     """
 
     best: tuple[Priced, ...]
@@ -60,6 +66,7 @@ class Found:
     memory_rejected: int
     feasible: int
     priced: int
+    within_reach: int
     nearest: Priced | None
     wall_s: float
     cpu_s: float
@@ -114,11 +121,13 @@ class Search:
         priced: Prices,
         lengths: Sequence[AtLength],
         wanted: int = 20,
-        exhaustive: bool = False,
+        reach: float = 1.0,
+        at_least: int | None = AT_LEAST,
         progress: Progress | None = None,
     ) -> None:
+        """`reach` is a factor on the best time; `at_least` None prices everything that fits."""
         self.space, self.priced, self.lengths = space, priced, lengths
-        self.wanted, self.exhaustive = wanted, exhaustive
+        self.wanted, self.reach, self.at_least = wanted, reach, at_least
         self.report = progress or (lambda share: None)
         self.step_bytes = space.cluster.gpu.memory / MEMORY_STEPS
         self._pricing: dict[int, Pricing] = {}
@@ -143,6 +152,7 @@ class Search:
             memory_rejected=legal - len(points),
             feasible=len(points),
             priced=len(known),
+            within_reach=int((points.seconds[known] <= self._best[0] * self.reach).sum()),
             nearest=None if len(points) else self._nearest,
             wall_s=time.perf_counter() - wall,
             cpu_s=time.process_time() - cpu,
@@ -192,17 +202,18 @@ class Search:
             self._nearest = Priced(found, float("inf"), int(used[least]))
 
     def _price_what_counts(self, points: _Points) -> None:
-        """Price the lowest bounds, then all that could be among the best, then all that could be the fastest
-        at its memory."""
-        if self.exhaustive or len(points) <= FIRST:
+        """Price the lowest bounds, then all that could be among the best or within reach, then all that could
+        be the fastest at its memory."""
+        if self.at_least is None or len(points) <= max(self.at_least, FIRST):
             self._price(points, np.arange(len(points)))
             return
-        lowest = np.sort(np.argpartition(points.bounds, FIRST)[:FIRST])
-        self._price(points, lowest)
-        self.report(0.75)
-        for batch, chosen in points.by_batch(_unpriced(points, points.bounds <= self._best[-1])):
-            still = chosen[points.bounds[chosen] <= self._best[-1]]
-            self._price_of(points, batch, still)
+        for count in sorted({FIRST, self.at_least}):
+            if count:
+                lowest = np.sort(np.argpartition(points.bounds, count)[:count])
+                self._price(points, lowest[~np.isfinite(points.seconds[lowest])])
+            self.report(0.8)
+        for batch, chosen in points.by_batch(_unpriced(points, points.bounds <= self._limit)):
+            self._price_of(points, batch, chosen[points.bounds[chosen] <= self._limit])
         self.report(0.9)
         steps = self._steps(points.bytes)
         while True:
@@ -212,6 +223,11 @@ class Search:
             order = np.lexsort((points.bounds[ahead], steps[ahead]))
             place = np.arange(len(ahead)) - np.searchsorted(steps[ahead][order], steps[ahead][order])
             self._price(points, np.sort(ahead[order[place < AHEAD]]))
+
+    @property
+    def _limit(self) -> float:
+        """A bound above this is of no interest: of the best so far, and of what is within reach of them."""
+        return max(float(self._best[-1]), float(self._best[0]) * self.reach)
 
     def _price(self, points: _Points, chosen: Array) -> None:
         for batch, positions in points.by_batch(chosen):
@@ -236,10 +252,6 @@ class Search:
         steps = self._steps(points.bytes[ordered])
         least = np.minimum.accumulate(np.concatenate([[MEMORY_STEPS + 1], steps]))[:-1]
         return ordered[steps < least]
-
-
-AHEAD = 64
-"""Candidates of each step of memory that are priced at once when the fastest of each is looked for."""
 
 
 def _unpriced(points: _Points, wanted: Array) -> Array:

@@ -7,7 +7,7 @@ an entry. Entries are made for all of them in one call, by arrays.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -50,6 +50,9 @@ class Traffic:
         return bool(self.gathers) or self.reduces
 
 
+NO_TRAFFIC = Traffic((), False)
+
+
 @dataclass(frozen=True)
 class _Entries:
     """One kind of block for every distinct key: `seconds` by recompute and overlap as (3, keys), `bytes` by
@@ -58,15 +61,30 @@ class _Entries:
     seconds: dict[tuple[Recompute, bool], Array]
     bytes: dict[Recompute, BlockBytes]
 
+    def fill(self, chosen: Array, part: _Entries, count: int) -> None:
+        """Put a part in its place among `count` keys."""
+        for key, seconds in part.seconds.items():
+            self.seconds.setdefault(key, np.zeros((3, count)))[:, chosen] = seconds
+        for level, size in part.bytes.items():
+            if level not in self.bytes:
+                blank: list[Any] = [np.zeros(count) for _ in BlockBytes.__slots__]
+                self.bytes[level] = BlockBytes(*blank)
+            for name in BlockBytes.__slots__:
+                getattr(self.bytes[level], name)[chosen] = getattr(size, name)
+
 
 class _Keys:
-    """The distinct values of some columns of all bases, and which of them each base has."""
+    """The distinct values of some columns of the bases of some pipeline degrees, and which each base has."""
 
-    def __init__(self, bases: Bases, names: tuple[str, ...]) -> None:
-        columns = np.stack([getattr(bases, name).astype(np.int64) for name in names], axis=1)
+    def __init__(self, bases: Mapping[int, Bases], names: tuple[str, ...]) -> None:
+        every = Bases(
+            *(np.concatenate([getattr(one, name) for one in bases.values()]) for name in Bases.__slots__)
+        )
+        columns = np.stack([getattr(every, name).astype(np.int64) for name in names], axis=1)
         _, first, inverse = np.unique(columns, axis=0, return_index=True, return_inverse=True)
-        self.rows = bases.where(first)
-        self.inverse = inverse.reshape(-1)
+        self.rows = every.where(first)
+        ends = np.cumsum([len(one) for one in bases.values()])
+        self.of = dict(zip(bases, np.split(inverse.reshape(-1), ends[:-1]), strict=True))
 
 
 class Tables:
@@ -77,15 +95,7 @@ class Tables:
         self.needs_bytes = needs_bytes
         self.kinds = block_kinds(space.model)
         self.first_layer = layer_kinds(space.model)
-        self.all = Bases(
-            *(
-                np.concatenate([getattr(bases, name) for bases in space.bases.values()])
-                for name in Bases.__slots__
-            )
-        )
-        starts = np.cumsum([0, *(len(bases) for bases in space.bases.values())]).tolist()
-        self.spans = {pp: slice(starts[i], starts[i + 1]) for i, pp in enumerate(space.bases)}
-        self._keys: dict[tuple[str, ...], _Keys] = {}
+        self._keys: dict[tuple[tuple[int, ...], tuple[str, ...]], _Keys] = {}
         self._entries: dict[tuple[Kind, Dispatcher, Traffic], _Entries] = {}
 
     def traffic(self, pp: int, choice: Choice) -> Traffic:
@@ -101,7 +111,7 @@ class Tables:
             entries = self._of(kind, choice.dispatcher, traffic)
             overlaps = choice.expert_overlap and self._has_experts(kind)
             level: Recompute = choice.recompute if not isinstance(kind, str) else "none"
-            where = self._key_of(kind, traffic).inverse[self.spans[pp]][rows]
+            where = self._key_of(kind, traffic).of[pp][rows]
             found.append(entries.seconds[level, overlaps][:, where])
         return np.stack(found, axis=1)
 
@@ -109,10 +119,10 @@ class Tables:
         """Bytes of each kind of block for all bases of a pipeline degree."""
         found = []
         for kind in self.kinds:
-            entries = self._of(kind, choice.dispatcher, Traffic((), False))
+            entries = self._of(kind, choice.dispatcher, NO_TRAFFIC)
             level: Recompute = choice.recompute if not isinstance(kind, str) else "none"
             size = entries.bytes[level]
-            where = self._key_of(kind, Traffic((), False)).inverse[self.spans[pp]]
+            where = self._key_of(kind, NO_TRAFFIC).of[pp]
             found.append(BlockBytes(*(getattr(size, name)[where] for name in BlockBytes.__slots__)))
         return tuple(found)
 
@@ -136,33 +146,38 @@ class Tables:
         names: tuple[str, ...] = ("tp", "cp", "micro_batch", "sequence_parallel")
         if self._has_experts(kind):
             names += ("ep", "etp")
+        degrees = tuple(self.space.bases)
         if traffic:
             names += ("dp",)
-        if names not in self._keys:
-            self._keys[names] = _Keys(self.all, names)
-        return self._keys[names]
+            degrees = tuple(
+                pp
+                for pp in degrees
+                if any(self.traffic(pp, choice) == traffic for choice in self.space.choices)
+            )
+        key = (degrees, names)
+        if key not in self._keys:
+            self._keys[key] = _Keys({pp: self.space.bases[pp] for pp in degrees}, names)
+        return self._keys[key]
 
     def _of(self, kind: Kind, dispatcher: Dispatcher, traffic: Traffic) -> _Entries:
         if not self._has_experts(kind):
             dispatcher = "alltoall"
         key = (kind, dispatcher, traffic)
         if key not in self._entries:
-            self._entries[key] = self._made(kind, dispatcher, traffic)
+            family = PER_RANK if dispatcher in PER_RANK else (dispatcher,)
+            for one, entries in self._made(kind, family, traffic).items():
+                self._entries[kind, one, traffic] = entries
         return self._entries[key]
 
-    def _made(self, kind: Kind, dispatcher: Dispatcher, traffic: Traffic) -> _Entries:
+    def _made(
+        self, kind: Kind, family: tuple[Dispatcher, ...], traffic: Traffic
+    ) -> dict[Dispatcher, _Entries]:
+        """The entries of dispatchers whose blocks have the same nodes."""
         rows = self._key_of(kind, traffic).rows
-        whole = _Entries({}, {})
-        for chosen, ep in self._alike(rows, kind, dispatcher):
-            part = self._lowered(rows.where(chosen), kind, dispatcher, traffic, ep)
-            for key, seconds in part.seconds.items():
-                whole.seconds.setdefault(key, np.zeros((3, len(rows))))[:, chosen] = seconds
-            for level, size in part.bytes.items():
-                if level not in whole.bytes:
-                    blank: list[Any] = [np.zeros(len(rows)) for _ in BlockBytes.__slots__]
-                    whole.bytes[level] = BlockBytes(*blank)
-                for name in BlockBytes.__slots__:
-                    getattr(whole.bytes[level], name)[chosen] = getattr(size, name)
+        whole = {dispatcher: _Entries({}, {}) for dispatcher in family}
+        for chosen, ep in self._alike(rows, kind, family[0]):
+            for dispatcher, part in self._lowered(rows.where(chosen), kind, family, traffic, ep).items():
+                whole[dispatcher].fill(chosen, part, len(rows))
         return whole
 
     def _alike(self, rows: Bases, kind: Kind, dispatcher: Dispatcher) -> Iterator[tuple[Array, int]]:
@@ -181,12 +196,12 @@ class Tables:
                     yield np.flatnonzero(own & (stands == ep)), ep
 
     def _lowered(
-        self, rows: Bases, kind: Kind, dispatcher: Dispatcher, traffic: Traffic, ep: int
-    ) -> _Entries:
+        self, rows: Bases, kind: Kind, family: tuple[Dispatcher, ...], traffic: Traffic, ep: int
+    ) -> dict[Dispatcher, _Entries]:
         """The entries of rows whose blocks have the same nodes."""
         engine, unit = self.space.engine, self.space.workload.compute_bytes
-        block = self._block(kind, self._shape(rows, dispatcher, ep))
-        degrees, sizes = _degrees(rows), as_floats(rows)
+        sizes: Any = _counted(rows, self.sequence_length)
+        block = self._block(kind, self._shape(sizes, family[0], ep))
         params = block_parameters(self.space.model, block.name)
         added = [*parameter_gathers(block, params, sizes, traffic.gathers, unit)]
         if traffic.reduces:
@@ -194,11 +209,13 @@ class Tables:
         levels = dict.fromkeys(["none", *(c.recompute for c in self.space.choices)])
         if isinstance(kind, str):
             levels = {"none": None}
-        lowered = block_at_levels(block, degrees, engine, levels, added)
-        found = _Entries(self._seconds(rows, lowered, dispatcher, bool(traffic)), {})
-        if self.needs_bytes:
+        lowered = block_at_levels(block, _degrees(sizes), engine, levels, added)
+        found = {one: _Entries(self._seconds(rows, lowered, one, bool(traffic)), {}) for one in family}
+        if self.needs_bytes and not traffic:
             tp: Any = rows.tp
-            found.bytes.update({level: self._bytes(one, tp) for level, one in lowered.items()})
+            size = {level: self._bytes(one, tp) for level, one in lowered.items()}
+            for entries in found.values():
+                entries.bytes.update(size)
         return found
 
     def _bytes(self, block: LoweredBlock, tp: int) -> BlockBytes:
@@ -237,7 +254,7 @@ class Tables:
 
     @cached_property
     def _loaded(self) -> Array:
-        return np.unique(self.all.ep)
+        return np.unique(np.concatenate([bases.ep for bases in self.space.bases.values()]))
 
     @cached_property
     def fanout(self) -> Fanout:
@@ -252,8 +269,8 @@ class Tables:
     def _shape(self, rows: Bases, dispatcher: Dispatcher, ep: int) -> Shape:
         """A shape that stands for rows which agree on sequence parallelism, and on whether tp is 1."""
         alone = bool(np.all(rows.tp == 1))
-        tp: Any = 1 if alone else rows.tp * 1.0
-        sizes: Any = rows.micro_batch * 1.0
+        tp: Any = 1 if alone else rows.tp
+        sizes: Any = rows.micro_batch
         return Shape(
             micro_batch_size=sizes,
             sequence_length=self.sequence_length,
@@ -273,12 +290,17 @@ class Tables:
         return layer_block(self.space.model, self.first_layer[kind], shape)
 
 
-def as_floats(rows: Bases) -> Bases:
-    """The same with sizes that do not overflow: whole numbers up to 2⁵³ are exact."""
+LONGEST_COUNTED = 2**22
+"""Tokens of a sequence up to which FLOPs of attention are counted in whole numbers of 64 bits."""
+
+
+def _counted(rows: Bases, sequence_length: int) -> Bases:
+    """Rows as they are, in whole numbers, whose division is fast; as floats where products would overflow."""
+    if sequence_length <= LONGEST_COUNTED:
+        return rows
     return Bases(*(getattr(rows, name) * 1.0 for name in Bases.__slots__))
 
 
 def _degrees(rows: Bases) -> Any:
-    floats = as_floats(rows)
-    sp = np.where(rows.sequence_parallel, floats.tp, 1.0)
-    return {"tp": floats.tp, "cp": floats.cp, "ep": floats.ep, "etp": floats.etp, "sp": sp}
+    sp = np.where(rows.sequence_parallel, rows.tp, 1)
+    return {"tp": rows.tp, "cp": rows.cp, "ep": rows.ep, "etp": rows.etp, "sp": sp}
