@@ -175,7 +175,7 @@ class Space:
         bases, plain = self.bases[pipeline.pp], self.plain
         offered = np.full(len(bases), runs_zero(self.engine_name, pipeline, choice.zero_stage))
         if choice.zero_stage != plain.zero_stage and not self.engine.master_in_parameter.value:
-            offered &= (bases.size("dp_cp") > 1) | (bases.size("edp") > 1)
+            offered &= self._replicated[pipeline.pp]
         if (choice.dispatcher, choice.expert_overlap) != (plain.dispatcher, plain.expert_overlap):
             offered &= bases.ep > 1
         if choice.expert_overlap and not runs_overlap(self.engine, self.workload, pipeline, choice):
@@ -228,6 +228,11 @@ class Space:
             layers_per_stage=pipeline.layers_per_stage,
             settings=self.deployment.policy.settings or EngineSettings(),
         )
+
+    @cached_property
+    def _replicated(self) -> dict[int, Array]:
+        """Which bases have more than one replica of some parameter."""
+        return {pp: (b.size("dp_cp") > 1) | (b.size("edp") > 1) for pp, b in self.bases.items()}
 
     def counted(self) -> int:
         """How many candidates there are. What pipelines refuse is added to `rejected`."""

@@ -97,6 +97,7 @@ class Tables:
         self.first_layer = layer_kinds(space.model)
         self._keys: dict[tuple[tuple[int, ...], tuple[str, ...]], _Keys] = {}
         self._entries: dict[tuple[Kind, Dispatcher, Traffic], _Entries] = {}
+        self._with: dict[Traffic, tuple[int, ...]] = {}
 
     def traffic(self, pp: int, choice: Choice) -> Traffic:
         """What ZeRO adds to a block under a pipeline of a degree."""
@@ -146,18 +147,23 @@ class Tables:
         names: tuple[str, ...] = ("tp", "cp", "micro_batch", "sequence_parallel")
         if self._has_experts(kind):
             names += ("ep", "etp")
-        degrees = tuple(self.space.bases)
         if traffic:
             names += ("dp",)
-            degrees = tuple(
-                pp
-                for pp in degrees
-                if any(self.traffic(pp, choice) == traffic for choice in self.space.choices)
-            )
+        degrees = self._degrees_with(traffic)
         key = (degrees, names)
         if key not in self._keys:
             self._keys[key] = _Keys({pp: self.space.bases[pp] for pp in degrees}, names)
         return self._keys[key]
+
+    def _degrees_with(self, traffic: Traffic) -> tuple[int, ...]:
+        """The pipeline degrees at which some choice has this traffic; all of them where there is none."""
+        if traffic not in self._with:
+            self._with[traffic] = tuple(
+                pp
+                for pp in self.space.bases
+                if not traffic or any(self.traffic(pp, choice) == traffic for choice in self.space.choices)
+            )
+        return self._with[traffic]
 
     def _of(self, kind: Kind, dispatcher: Dispatcher, traffic: Traffic) -> _Entries:
         if not self._has_experts(kind):
