@@ -51,13 +51,20 @@ class Described:
 
 
 def candidates_of(parts: Described) -> tuple[Candidate, ...]:
-    """Every plausible plan of a row, at most MOST_CANDIDATES. Raises RefusedError when none is legal."""
+    """Every plausible plan of a row, at most MOST_CANDIDATES. Raises RefusedError when none is legal.
+
+    Where a row leaves recompute open and nothing short of full recompute fits the GPU, some layers may have
+    been recomputed, or all, or activations moved to the host, which costs less: the plans with selective
+    recompute stay beside those with full.
+    """
     reasons: list[str] = []
     legal = list(_legal(parts, ("none", "selective"), reasons))
     fitting = _fitting(legal)
     if parts.stated.recompute is None and not fitting:
         whole = list(_legal(parts, ("full",), reasons))
-        fitting = _fitting(whole) or whole
+        lean = [candidate for candidate in legal if candidate.plan.policy.recompute == "selective"]
+        half = MOST_CANDIDATES // 2
+        fitting = [*lean[:half], *(_fitting(whole) or whole)[:half]]
     chosen = fitting or legal
     if not chosen:
         raise RefusedError("layout: no legal plan", reasons[0] if reasons else "")

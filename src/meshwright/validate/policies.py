@@ -186,9 +186,11 @@ _SCHEDULES: tuple[tuple[str, ScheduleName], ...] = (
 def settings_of(row: Row, engine: EngineName, modules: tuple[RecomputeModule, ...]) -> EngineSettings:
     """How the engine is set, as the framework's published recipes set it.
 
-    Megatron-Bridge's recipes keep and reduce gradients in bf16 and let one TransformerEngine kernel make the
-    loss (perf_recipes/_common.py), and those of mixtures of experts keep moments in bf16
-    (perf_recipes/deepseek/common.py, perf_recipes/qwen, recipes/moonlight; Megatron-Bridge@067f987d).
+    NeMo's performance recipes keep and reduce gradients in bf16 (NVIDIA/NeMo@8cfedd72,
+    collections/llm/recipes: pretrain_performance_optimizations). So do Megatron-Bridge's, which let one
+    TransformerEngine kernel make the loss (perf_recipes/_common.py), and those of mixtures of experts keep
+    moments in bf16 (perf_recipes/deepseek/common.py, perf_recipes/qwen, recipes/moonlight;
+    Megatron-Bridge@067f987d).
     torchtitan compiles its loss with the model since 2025.
     """
     if engine == "megatron" and "bridge" in row.framework.lower():
@@ -196,6 +198,8 @@ def settings_of(row: Row, engine: EngineName, modules: tuple[RecomputeModule, ..
         return EngineSettings(
             gradients="bf16", moments=moments, loss="fused", recompute_modules=modules or None
         )
+    if engine == "megatron" and "nemo" in row.framework.lower():
+        return EngineSettings(gradients="bf16", recompute_modules=modules or None)
     compiled = engine == "torchtitan" and _compiled(row.dispatcher_overlap.lower())
     fused = compiled and dated(row) >= FIRST_COMPILED_LOSS
     return EngineSettings(loss="fused" if fused else None, recompute_modules=modules or None)
