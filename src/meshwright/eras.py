@@ -32,9 +32,9 @@ class Era(Noun):
     graphed: Fact[tuple[str, ...]] | None = None
     host: Fact[str] | None = None
 
-    def launches_graphs(self, generation: str) -> bool:
-        """Whether recipes of this era launch captured CUDA graphs on a GPU generation."""
-        return self.graphed is not None and generation in self.graphed.value
+    def launches_graphs(self, gpu: str) -> bool:
+        """Whether recipes of this era launch captured CUDA graphs on a GPU, by its catalogue name."""
+        return self.graphed is not None and gpu in self.graphed.value
 
     def attention_slowdown(self, generation: str) -> float:
         """How much longer this era's attention kernels take than the measured ones, on a GPU generation."""

@@ -57,6 +57,7 @@ class Prices:
     graphs: GraphScope
     static_experts: bool
     casts: bool
+    fp8_recipe: Recipe
     flat: bool
     flash_attention: bool
 
@@ -105,9 +106,10 @@ def prices(
         attention=era.attention_slowdown(generation),
         network=fitted.network.value,
         host="dense" if era.host is None else era.host.value,
-        graphs=stated.graphs or ("partial" if era.launches_graphs(generation) else "none"),
+        graphs=stated.graphs or ("partial" if era.launches_graphs(cluster.gpu.name) else "none"),
         static_experts=stated.static_experts,
         casts=low,
+        fp8_recipe=recipe,
         flat=flat,
         flash_attention=era.flash_attention.value,
     )

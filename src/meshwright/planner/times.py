@@ -36,8 +36,9 @@ _OVERLAPPED_AS = {"tp": "tensor", "etp": "tensor", "cp": "context", "ep": "exper
 _PRECISE = ("head", ".router", ".shared_gate")
 """Matmuls that fp8 recipes keep in bf16 (Megatron-LM and DeepSeek-V3, arXiv:2412.19437 §3.3.1)."""
 _MATMULS = (OpKind.MATMUL, OpKind.GROUPED_MATMUL)
-_CAST_BYTES = 3
-"""Casting one bf16 element to fp8: two bytes read, one written."""
+_CAST_BYTES = {"tensor": 9.0, "block": 4.4}
+"""Casting one bf16 element by recipe, amplitudes and transposes included: what published fp8 matmuls with
+their casts take beyond the matmul alone, at the bandwidth of memory-bound ops (docs/curves.md)."""
 
 _PAIR_BYTES_FORWARD = 13
 """Scores written (2), softmax (2 + 2), dropout with its mask (2 + 2 + 1), read by the second product (2)."""
@@ -199,7 +200,7 @@ def price_op(task: ComputeTask, prices: Prices, running: Running) -> PhaseParts:
     rates = prices.compute if low or task.kind not in _MATMULS else prices.precise
     kernel = compute_seconds(rates, task.kind, task.phase, sizes, flops, task.traffic_bytes)
     parts = {KERNEL_OF.get(task.kind, "memory"): kernel}
-    return parts | {"casts": _cast_bytes(task) / prices.memory_bytes_per_s} if low else parts
+    return parts | {"casts": _cast_bytes(task, prices) / prices.memory_bytes_per_s} if low else parts
 
 
 def _scored_attention(task: ComputeTask, prices: Prices) -> PhaseParts:
@@ -230,11 +231,11 @@ def _launches(task: Task, prices: Prices) -> Array:
     return 5 if task.phase in ("forward", "recompute") else 9
 
 
-def _cast_bytes(task: ComputeTask) -> Array:
+def _cast_bytes(task: ComputeTask, prices: Prices) -> Array:
     """Memory traffic of casting a matmul's operands: its input forward, the output's gradient backward."""
     m, n, k = task.sizes[-3:]
     width = {"forward": k, "recompute": k, "input_gradient": n}.get(task.phase, 0)
-    return _CAST_BYTES * m * width
+    return _CAST_BYTES[prices.fp8_recipe] * m * width
 
 
 def price_collective(
