@@ -98,7 +98,8 @@ class _Draft:
         columns = dict(zip(("tp", "cp", "pp"), rows.T, strict=True))
         columns["dp"] = world // rows.prod(axis=1)
         if given.dp:
-            columns = self._kept(columns, f"layout.dp is {given.dp}", columns["dp"] == given.dp)
+            rule = f"tp·cp·dp·pp must equal the {world} GPUs with dp = {given.dp}"
+            columns = self._kept(columns, rule, columns["dp"] == given.dp)
         model = self.model
         widths = {"num_attention_heads": model.num_attention_heads}
         if model.num_dense_layers and model.intermediate_size:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.cost.placement import Group
-from meshwright.engines import engine_named
+from meshwright.engines import engine_of
 from meshwright.ir.program import LoweredBlock, Program, lower, model_flops
 from meshwright.ir.sharding import local_numel, zero_degree
 from meshwright.ir.tasks import Phase
@@ -145,7 +145,7 @@ def _optimizer(program: Program, priced: Prices, rank: int) -> float:
     sharded = plan.policy.zero_stage >= 1
     held = sum(local_numel(p, plan.layout) for p in params)
     owned = sum(local_numel(p, plan.layout) / (zero_degree(p, plan.layout) if sharded else 1) for p in params)
-    width = engine_named(plan.policy.engine).gradient_bytes.value
+    width = engine_of(plan.policy).gradient_bytes.value
     return float(
         optimizer_seconds(priced, plan.workload.optimizer, plan.workload.compute_bytes, owned, held, width)
     )
