@@ -21,7 +21,7 @@ from meshwright.policy import PolicyRequest
 from meshwright.units import Count, CountOrZero, Number
 from meshwright.workload import Workload
 
-PLAN_KEYS = ("digest", "defaults")
+PLAN_KEYS = ("digest", "defaults", "predictions")
 """What a plan's file holds beyond a deployment's."""
 
 

@@ -16,12 +16,27 @@ from meshwright.files import Noun, decode, read_yaml, to_yaml, write_text
 from meshwright.layout import Layout, LayoutRequest, nearest_divisors
 from meshwright.model import Model
 from meshwright.policy import CHUNKED_SCHEDULES, EngineName, Policy, ScheduleName
+from meshwright.units import Count, Number
 from meshwright.workload import Workload
+
+
+class Predictions(Noun):
+    """What is expected of a plan, beside what it says: seconds, bytes and shares as plain numbers."""
+
+    step_time_s: Number
+    step_time_low_s: Number
+    step_time_high_s: Number
+    tokens_per_s_per_gpu: Number
+    sequences_per_s: Number
+    mfu: Number
+    bubble_fraction: Number
+    exposed_comm_s: Number
+    peak_memory_bytes: Count
 
 
 class Plan(Noun):
     """Everything that a run needs. `defaults` names each field that the deployment left open, with the value
-    taken and why."""
+    taken and why; `predictions` is what was expected of the plan when it was made."""
 
     name: str
     cluster: Cluster
@@ -31,11 +46,12 @@ class Plan(Noun):
     policy: Policy
     training: Training | None = None
     defaults: dict[str, str] = {}
+    predictions: Predictions | None = None
 
     @property
     def digest(self) -> str:
         """First 16 hex digits of the SHA-256 over everything that changes what runs."""
-        document = self.model_dump(mode="json", exclude={"defaults", "name"})
+        document = self.model_dump(mode="json", exclude={"defaults", "name", "predictions"})
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
