@@ -151,6 +151,29 @@ def _groups_of_rank(deployment: Deployment, rank: int, as_json: bool, output: st
 
 
 @app.command()
+def validate(
+    file: Annotated[str, typer.Argument(metavar="RUNS.csv", help="A table of measured runs.")],
+    full: Annotated[bool, typer.Option("--full", help="Show every row and every refusal.")] = False,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Predict measured runs, and score step time, ranking and memory."""
+    from meshwright.terminal.progress import progress_bar
+    from meshwright.validate.answer import read_table, validated
+
+    guard_input(file, output)
+    with progress_bar() as progress:
+        validation = validated(read_table(file, progress))
+
+    def show(console: Console) -> None:
+        from meshwright.terminal.validate import show_validation
+
+        show_validation(validation, console, full)
+
+    present(lambda: validation.document, show, as_json, output)
+
+
+@app.command()
 def schema(as_json: Json = False, output: Output = None) -> None:
     """Print the JSON schema of deployment files, for editors."""
     from meshwright.deployment import Deployment
@@ -163,11 +186,16 @@ def read(file: str, overrides: list[str] | None, output: str | None, noun: type[
     """What stands in a file. Raises InputError also where the output would overwrite it."""
     from meshwright.plan import open_placement
 
+    guard_input(file, output)
+    return open_placement(file, noun, overrides or ())
+
+
+def guard_input(file: str, output: str | None, flag: str = "--output") -> None:
+    """Raise InputError for standard input, and where the output would overwrite the input."""
     if file == "-":
         raise InputError("FILE", file, "standard input is not read; give the path of a file")
     if output and os.path.exists(output) and os.path.exists(file) and os.path.samefile(output, file):
-        raise InputError("--output", output, "the file that is read would be overwritten")
-    return open_placement(file, noun, overrides or ())
+        raise InputError(flag, output, "the file that is read would be overwritten")
 
 
 def present(
