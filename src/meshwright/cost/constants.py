@@ -48,7 +48,8 @@ class Constants(Noun):
     as slowdown for ops that memory bandwidth bounds. `host`: seconds that a process needs to launch one op:
     of a dense block, of one in the software of 2021 (`early`), of a block with experts whose sizes come back
     from the GPU, and from a captured graph. `hidden`: shares of communication that run beside compute where
-    an era overlaps it. `fp8_cast`: how much of what casting to fp8 takes alone shows inside a step. `network`: slowdown of links that leave a node. `step`: seconds per step outside the model.
+    an era overlaps it. `fp8_cast`: how much of what casting to fp8 takes alone shows inside a step.
+    `network`: slowdown of links that leave a node. `step`: seconds per step outside the model.
     `natural_routing`: load of the fullest rank over the mean where routing is real and not described.
     """
 

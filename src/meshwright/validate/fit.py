@@ -124,7 +124,7 @@ def _decoded(name: str, x: float) -> float:
     return 1 / (1 + exp(-x)) if _is_share(name) else exp(x)
 
 
-def folds(rows: Sequence[Prepared], count: int = 5) -> list[list[int]]:
+def folds(rows: Sequence[Prepared], count: int = 10) -> list[list[int]]:
     """Rows by fold: whole recipes, the largest first, each to the fold that has fewest rows so far."""
     recipes: dict[str, list[int]] = {}
     for index, row in enumerate(rows):

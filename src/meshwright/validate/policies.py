@@ -109,6 +109,8 @@ def era_of(row: Row, engine: EngineName) -> str:
         return "megatron-2026"
     if year <= 2022:
         return "megatron-2021"
+    if year <= 2024 and name.startswith("megatron-lm"):
+        return "megatron-2023"
     return "megatron-2024" if year <= 2024 else "megatron-2025"
 
 
