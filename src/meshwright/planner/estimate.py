@@ -91,10 +91,17 @@ def measure(
     plan: Plan, priced: Prices, conditions: Conditions, sequence_length: int | None = None
 ) -> Measured:
     """Price every task of a plan by the curves of kernels and links."""
-    program = lower(plan, sequence_length)
+    length = sequence_length or plan.workload.max_sequence_length
+    return measure_program(lower(plan, length), priced, conditions, length)
+
+
+def measure_program(
+    program: Program, priced: Prices, conditions: Conditions, sequence_length: int
+) -> Measured:
+    """The same for a plan that is lowered, at this length."""
+    plan = program.plan
     groups = axis_groups(plan.cluster, plan.layout.degrees())
-    load = load_factor(plan, priced, conditions.balanced)
-    running = Running(plan.policy.dispatcher, plan.policy.expert_overlap, load, fanout_of(plan.model))
+    running = running_of(plan, priced, conditions)
     kinds, counts = _kinds(program)
     ranks = range(plan.layout.pp)
     sends: list[Mapping[Phase, Array]] = [
@@ -111,8 +118,14 @@ def measure(
         ranks=tuple(tuple(stage.index for stage in program.stages_of(rank)) for rank in ranks),
         comm=tuple(_comm(program, rank, priced, groups, running) for rank in ranks),
         optimizer_s=tuple(_optimizer(program, priced, rank) for rank in ranks),
-        model_flops=model_flops(plan, sequence_length or plan.workload.max_sequence_length),
+        model_flops=model_flops(plan, sequence_length),
     )
+
+
+def running_of(plan: Plan, priced: Prices, conditions: Conditions) -> Running:
+    """How a plan runs its blocks."""
+    load = load_factor(plan, priced, conditions.balanced)
+    return Running(plan.policy.dispatcher, plan.policy.expert_overlap, load, fanout_of(plan.model))
 
 
 def _comm(

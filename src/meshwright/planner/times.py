@@ -13,7 +13,7 @@ import numpy as np
 
 from meshwright.cluster import Cluster
 from meshwright.cost.collectives import UNIFORM, Fanout, collective_seconds
-from meshwright.cost.compute import compute_seconds
+from meshwright.cost.compute import ComputeRates, compute_seconds
 from meshwright.cost.placement import Group, group_on
 from meshwright.ir.graph import CollectiveKind, OpKind
 from meshwright.ir.tasks import CommTask, ComputeTask, Phase, Task
@@ -188,6 +188,16 @@ def _hidden(axis: str, prices: Prices, running: Running) -> Array:
     return prices.hidden(_OVERLAPPED_AS[axis])
 
 
+def rates_of(task: ComputeTask, prices: Prices) -> ComputeRates:
+    """The rates that price an op: what an fp8 or fp4 recipe leaves in bf16 has those of bf16."""
+    return prices.compute if _is_low(task, prices) or task.kind not in _MATMULS else prices.precise
+
+
+def _is_low(task: ComputeTask, prices: Prices) -> bool:
+    """Whether a recipe runs the op in fp8 or fp4."""
+    return prices.casts and task.kind in _MATMULS and not task.name.endswith(_PRECISE)
+
+
 def price_op(task: ComputeTask, prices: Prices, running: Running) -> PhaseParts:
     """Seconds of one op's kernel alone, by what bounds it, and of casting its fp8 operands once."""
     sizes, flops = task.sizes, task.flops
@@ -196,8 +206,8 @@ def price_op(task: ComputeTask, prices: Prices, running: Running) -> PhaseParts:
         flops = flops * running.load
     if task.kind is OpKind.ATTENTION and not prices.flash_attention:
         return _scored_attention(task, prices)
-    low = prices.casts and task.kind in _MATMULS and not task.name.endswith(_PRECISE)
-    rates = prices.compute if low or task.kind not in _MATMULS else prices.precise
+    low = _is_low(task, prices)
+    rates = rates_of(task, prices)
     kernel = compute_seconds(rates, task.kind, task.phase, sizes, flops, task.traffic_bytes)
     parts = {KERNEL_OF.get(task.kind, "memory"): kernel}
     return parts | {"casts": _cast_bytes(task, prices) / prices.memory_bytes_per_s} if low else parts

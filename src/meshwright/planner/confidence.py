@@ -1,0 +1,118 @@
+"""How sure a plan's step time is: its interval, and what no measurement stands behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import exp
+from typing import Any
+
+from meshwright.calibration import Basis
+from meshwright.cost.collectives import collective_basis
+from meshwright.cost.compute import compute_basis
+from meshwright.cost.placement import Group
+from meshwright.ir.program import LoweredBlock, Program
+from meshwright.ir.tasks import CommTask, ComputeTask, Task
+from meshwright.plan import Plan
+from meshwright.planner.interval import group_of, half_width_of
+from meshwright.planner.prices import Prices
+from meshwright.planner.times import Running, axis_groups, price_collective, price_op, rates_of
+
+BASES: tuple[Basis, ...] = ("measured", "interpolated", "assumed")
+
+
+@dataclass(frozen=True, slots=True)
+class Unmeasured:
+    """A shape or a link whose price no measurement of its own stands behind, and its share of a micro-batch's
+    seconds, before anything overlaps."""
+
+    what: str
+    basis: Basis
+    share_fraction: float
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """The group of measured runs that the interval comes from, the factor of the interval, the shares of a
+    micro-batch's seconds by basis, and what is not measured, longest first."""
+
+    group: str
+    factor: float
+    shares: Mapping[Basis, float]
+    unmeasured: tuple[Unmeasured, ...]
+
+    def document(self) -> dict[str, Any]:
+        """The confidence as JSON."""
+        return {
+            "interval": f"80 % of {self.group} runs lie within a factor {self.factor:.3g}",
+            **{f"{basis}_fraction": self.shares[basis] for basis in BASES},
+            "unmeasured": [
+                {"what": u.what, "basis": u.basis, "share_fraction": u.share_fraction}
+                for u in self.unmeasured
+            ],
+        }
+
+
+def confidence_of(program: Program, priced: Prices, running: Running) -> Confidence:
+    """The confidence of a lowered plan under given prices."""
+    plan = program.plan
+    groups = axis_groups(plan.cluster, plan.layout.degrees())
+    seconds: dict[tuple[str, Basis], float] = {}
+    for block, count in _kinds(program):
+        for task in block.tasks:
+            what, basis, time_s = _of(task, plan, priced, groups, running)
+            seconds[what, basis] = seconds.get((what, basis), 0.0) + count * time_s
+    total = sum(seconds.values()) or 1.0
+    shares = {basis: sum(s for (_, b), s in seconds.items() if b == basis) / total for basis in BASES}
+    open_ = [
+        Unmeasured(what, basis, s / total) for (what, basis), s in seconds.items() if basis != "measured"
+    ]
+    group = group_of(plan)
+    ordered = sorted(open_, key=lambda u: (-u.share_fraction, u.what))
+    return Confidence(group, exp(half_width_of(group)), shares, tuple(ordered))
+
+
+def _kinds(program: Program) -> Iterator[tuple[LoweredBlock, int]]:
+    """One of each kind of block, and how many there are."""
+    found: dict[object, tuple[LoweredBlock, int]] = {}
+    for stage in program.stages:
+        for block in stage.blocks:
+            key: object = block.name
+            if block.name.startswith("layers."):
+                key = program.plan.model.layer_kind(int(block.name.split(".")[1]))
+            first, count = found.get(key, (block, 0))
+            found[key] = (first, count + 1)
+    yield from found.values()
+
+
+def _of(
+    task: Task, plan: Plan, priced: Prices, groups: Mapping[str, Group], running: Running
+) -> tuple[str, Basis, float]:
+    """A task's shape or link in words, where its price comes from, and its seconds."""
+    if isinstance(task, ComputeTask):
+        basis = compute_basis(rates_of(task, priced), task.kind, task.phase, task.sizes)
+        sizes = "×".join(f"{size:,}" for size in task.sizes)
+        parts: Any = price_op(task, priced, running)
+        return f"{task.kind.value} {sizes} ({_short(task.name)})", basis, float(sum(parts.values()))
+    assert isinstance(task, CommTask)
+    group = groups[task.axis]
+    basis = collective_basis(priced.links, task.kind, task.bytes, group, running.dispatcher)
+    where = _link(plan, group)
+    near, far = price_collective(task, priced, groups, running)
+    return f"{task.kind.value} over {task.axis} of {task.num_ranks} on {where}", basis, float(near + far)
+
+
+def _short(name: str) -> str:
+    words = name.split(".")
+    return ".".join(words[2:]) if words[0] == "layers" else name
+
+
+def _link(plan: Plan, group: Group) -> str:
+    """The outermost tier that a group crosses."""
+    inner = 1.0
+    crossed = plan.cluster.links[0] if plan.cluster.links else None
+    for link, within in zip(plan.cluster.links, group.within, strict=True):
+        if float(within) > inner:
+            crossed = link
+        inner = float(within)
+    return f"{crossed.name} ({crossed.kind})" if crossed else "no link"
