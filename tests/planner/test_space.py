@@ -127,7 +127,7 @@ def test_a_point_is_in_the_space_if_and_only_if_verify_lets_it_through(point: tu
 def test_every_candidate_is_legal_and_there_once(name: str, engine: str) -> None:
     whole = space(name, nodes=1, batch=16, engine=engine)
     every = candidates(whole)
-    assert whole.counted() == len(every)
+    assert whole.legal == len(every)
     if not every:
         assert (name, engine) == ("latent", "native")
         assert list(whole.rejected) == ["the native engine does not run multi-head latent attention"]
@@ -188,7 +188,6 @@ def test_micro_batches_are_all_divisors_up_to_the_bound() -> None:
 
 def test_refusals_are_counted_by_rule() -> None:
     whole = space("moe", batch=20, engine="deepspeed")
-    whole.counted()
     assert whole.rejected["dp must divide global_batch_size = 20"] > 0
     assert whole.rejected["the deepspeed engine runs cp up to 1"] > 0
     assert all(count > 0 for count in whole.rejected.values())
@@ -208,5 +207,5 @@ def test_refusals_are_counted_by_rule() -> None:
 )
 def test_an_empty_space_says_why(given_: dict[str, Any], rule: str) -> None:
     whole = space("moe", nodes=3 if given_.get("layout") == {"tp": 3} else 2, batch=48, **given_)
-    assert whole.counted() == 0
+    assert whole.legal == 0
     assert any(rule in known for known in whole.rejected), dict(whole.rejected)

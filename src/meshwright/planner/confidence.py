@@ -67,7 +67,7 @@ def confidence_of(program: Program, priced: Prices, running: Running) -> Confide
     open_ = [
         Unmeasured(what, basis, s / total) for (what, basis), s in seconds.items() if basis != "measured"
     ]
-    group = group_of(plan)
+    group = group_of(plan.model, plan.cluster)
     ordered = sorted(open_, key=lambda u: (-u.share_fraction, u.what))
     return Confidence(group, exp(half_width_of(group)), shares, tuple(ordered))
 

@@ -52,7 +52,7 @@ def space_of(deployment: Deployment, cluster: Cluster) -> Space:
         pipelines={pp: pipelines[pp] for pp in kept},
         choices=tuple(draft.choices()),
         plain=draft.plain(),
-        rejected=draft.rejected,
+        refused=draft.refused,
     )
 
 
@@ -61,7 +61,7 @@ class _Draft:
     deployment: Deployment
     cluster: Cluster
     engine_name: EngineName
-    rejected: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.model, self.workload = self.deployment.model, self.deployment.workload
@@ -81,7 +81,7 @@ class _Draft:
             ),
         ):
             if not holds:
-                self.rejected[rule] += 1
+                self.refused[rule] += 1
                 return False
         return True
 
@@ -161,7 +161,7 @@ class _Draft:
         return self._kept(columns, "etp·ep must divide tp·cp·dp: experts re-name those ranks", folds)
 
     def _kept(self, columns: Columns, rule: str, holds: Array) -> Columns:
-        self.rejected[rule] += int((~holds).sum())
+        self.refused[rule] += int((~holds).sum())
         return {name: column[holds] for name, column in columns.items()}
 
     def bases(self, columns: Columns, pp: int) -> Bases:
@@ -183,7 +183,7 @@ class _Draft:
         fixed = self.policy.micro_batch_size
         if fixed is not None:
             if per_replica % fixed:
-                self.rejected["micro_batch_size must divide the sequences of a replica"] += 1
+                self.refused["micro_batch_size must divide the sequences of a replica"] += 1
                 return []
             return [fixed]
         most = max(1, MICRO_BATCH_TOKENS // self.workload.max_sequence_length)
@@ -202,7 +202,7 @@ class _Draft:
         if fixed is None:
             return self.engine.schedules if pp > 1 else ("1F1B",)
         if pp > 1 and fixed not in self.engine.schedules:
-            self.rejected[f"the {self.engine_name} engine does not run {fixed}"] += 1
+            self.refused[f"the {self.engine_name} engine does not run {fixed}"] += 1
             return ()
         return (fixed,)
 
@@ -223,12 +223,12 @@ class _Draft:
             try:
                 require_buildable(schedule, pp, 2 * pp, vpp)
             except InputError as error:
-                self.rejected[f"{schedule}: {error.rule}"] += 1
+                self.refused[f"{schedule}: {error.rule}"] += 1
                 continue
             if pp * vpp <= layers:
                 yield vpp
             else:
-                self.rejected[f"each stage needs a layer of the {layers}"] += 1
+                self.refused[f"each stage needs a layer of the {layers}"] += 1
 
     def _stages(self, num_stages: int) -> tuple[int, ...] | None:
         fixed, layers = self.policy.layers_per_stage, self.model.num_hidden_layers
@@ -236,7 +236,7 @@ class _Draft:
             return split_layers(layers, num_stages)
         if len(fixed) == num_stages and sum(fixed) == layers:
             return fixed
-        self.rejected["layers_per_stage must name every stage and add up to num_hidden_layers"] += 1
+        self.refused["layers_per_stage must name every stage and add up to num_hidden_layers"] += 1
         return None
 
     def choices(self) -> Iterator[Choice]:

@@ -7,7 +7,9 @@ from functools import cache
 from importlib.resources import files as package_files
 from math import exp
 
+from meshwright.cluster import Cluster
 from meshwright.files import Noun, parse_yaml
+from meshwright.model import Model
 from meshwright.plan import Plan
 from meshwright.units import Count
 
@@ -34,15 +36,15 @@ def half_width_of(group: str) -> float:
     return residuals()[group].half_width
 
 
-def group_of(plan: Plan) -> str:
-    """The group of measured runs that a plan is most like."""
-    if not plan.model.is_moe:
+def group_of(model: Model, cluster: Cluster) -> str:
+    """The group of measured runs that plans of a model on a cluster are most like."""
+    if not model.is_moe:
         return "dense"
-    over_efa = any(link.kind == "efa" for link in plan.cluster.links)
+    over_efa = any(link.kind == "efa" for link in cluster.links)
     return "moe_efa" if over_efa else "moe_full"
 
 
 def interval(plan: Plan, step_time_s: float) -> tuple[float, float]:
     """The 80 % interval around a plan's step time, in seconds."""
-    factor = exp(half_width_of(group_of(plan)))
+    factor = exp(half_width_of(group_of(plan.model, plan.cluster)))
     return step_time_s / factor, step_time_s * factor

@@ -32,7 +32,7 @@ _COMM = ("data_s", "data_outside_s", "other_s")
 
 @dataclass(frozen=True, slots=True)
 class AtLength:
-    """Tables at one sequence length, and the share of steps that have it."""
+    """Tables at one sequence length, and the share of steps that have it; 0 where only memory asks."""
 
     tables: Tables
     share: float
@@ -51,8 +51,9 @@ class Pricing:
     def seconds(self, stages: Stages, choice: Choice, rows: Array) -> Array:
         """Seconds of a step, for some bases by their positions."""
         total = np.zeros(len(rows))
-        for position in range(len(self.lengths)):
-            total += self.lengths[position].share * self.seconds_at(position, stages, choice, rows)
+        for position, at in enumerate(self.lengths):
+            if at.share:
+                total += at.share * self.seconds_at(position, stages, choice, rows)
         return total
 
     def seconds_at(self, position: int, stages: Stages, choice: Choice, rows: Array) -> Array:
@@ -80,6 +81,8 @@ class Pricing:
         m = self.columns.num_micro_batches[rows]
         total = np.zeros(len(rows))
         for at, sends in zip(self.lengths, self._sends, strict=True):
+            if not at.share:
+                continue
             work = at.tables.seconds(self.pp, choice, rows).sum(axis=0)
             sent = shown_sends(self.priced, pipeline.vpp) * sends[rows]
             weighed = np.vstack([work, sent])

@@ -139,7 +139,7 @@ class Search:
     def run(self) -> Found:
         """Search the space."""
         wall, cpu = time.perf_counter(), time.process_time()
-        legal = self.space.counted()
+        legal = self.space.legal
         points = _Points(list(self._fitting()))
         self._price_what_counts(points)
         self.report(1.0)

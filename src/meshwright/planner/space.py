@@ -116,8 +116,8 @@ class Candidate:
 class Space:
     """What may be chosen for a deployment on a cluster.
 
-    `choices` are all combinations, `plain` the one taken where choices cannot differ. `rejected` counts, by
-    rule, what was left out: combinations of degrees, then whole candidates.
+    `choices` are all combinations, `plain` the one taken where choices cannot differ. `refused` counts, by
+    rule, the combinations of degrees that are none of it.
     """
 
     deployment: Deployment
@@ -128,7 +128,7 @@ class Space:
     pipelines: dict[int, tuple[Pipeline, ...]]
     choices: tuple[Choice, ...]
     plain: Choice
-    rejected: Counter[str]
+    refused: Counter[str]
 
     @property
     def model(self) -> Model:
@@ -234,21 +234,30 @@ class Space:
         """Which bases have more than one replica of some parameter."""
         return {pp: (b.size("dp_cp") > 1) | (b.size("edp") > 1) for pp, b in self.bases.items()}
 
-    def counted(self) -> int:
-        """How many candidates there are. What pipelines refuse is added to `rejected`."""
-        total = 0
+    @cached_property
+    def legal(self) -> int:
+        """How many candidates there are."""
+        return self._census[0]
+
+    @cached_property
+    def rejected(self) -> Counter[str]:
+        """What was left out, by rule: combinations of degrees, then whole candidates."""
+        return self.refused + self._census[1]
+
+    @cached_property
+    def _census(self) -> tuple[int, Counter[str]]:
+        """The number of candidates, and of those that their pipeline cannot run, by rule."""
+        total, refused = 0, Counter[str]()
         for pp, pipelines in self.pipelines.items():
             for pipeline in pipelines:
                 left = np.zeros(len(self.bases[pp]), np.int64)
                 for choice in self.choices:
                     left += self.offers(pipeline, choice)
                 for rule, broken in self._broken(pipeline):
-                    self.rejected[rule] += int(left[broken].sum())
+                    refused[rule] += int(left[broken].sum())
                     left[broken] = 0
                 total += int(left.sum())
-        for rule in [rule for rule, count in self.rejected.items() if not count]:
-            del self.rejected[rule]
-        return total
+        return total, refused
 
 
 def _text(value: object) -> str:
