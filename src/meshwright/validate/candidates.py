@@ -151,7 +151,7 @@ def _unknowns(parts: Described, levels: tuple[Recompute, ...]) -> dict[str, Sequ
     """
     row, stated = parts.row, parts.stated
     tp, pp, cp = row.tp, row.pp, row.cp or 1
-    if tp is None or pp is None:
+    if not tp or not pp:
         raise RefusedError("layout: tensor or pipeline degree not stated", row.id)
     assert row.num_gpus is not None
     if row.num_gpus % (tp * pp * cp):

@@ -34,10 +34,10 @@ _RATE = re.compile(
 
 def catalogue_gpu(spelling: str) -> str:
     """The catalogue's name for a GPU as a source spells it. Raises RefusedError for one that it lacks."""
-    if not spelling:
+    if not spelling.strip():
         raise RefusedError("cluster: no GPU stated")
     text = spelling.lower()
-    for candidate in (text, text.split()[0], re.sub(r"\s*\(.*\)", "", text)):
+    for candidate in (text, *text.split()[:1], re.sub(r"\s*\(.*\)", "", text)):
         try:
             return gpu_named(candidate).name
         except InputError:
@@ -66,7 +66,7 @@ def cluster_of(row: Row, assumed: dict[str, str]) -> Cluster:
     if machine is None or row.num_gpus is None or row.num_gpus < 1:
         raise RefusedError("cluster: number of GPUs not stated", row.id)
     per_node = row.gpus_per_node
-    if per_node is None:
+    if not per_node:
         per_node = machine.gpus_per_node
         assumed["gpus_per_node"] = f"{per_node}: the {name} catalogue machine"
     per_node = min(per_node, row.num_gpus)
