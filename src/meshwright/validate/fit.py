@@ -48,6 +48,7 @@ _SHARP = 0.05
 """Residuals below this count squared, above it by their size."""
 _STEP = 0.1
 _LONGEST = 0.7
+FRESH = 6
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,28 @@ class Fitted:
 
 
 def weights(rows: Sequence[Prepared]) -> Array:
-    """Weight of each row: 1/√(rows of its recipe) times √(all rows / rows of its group)."""
+    """Weight of each row: (rows of its recipe)^−0.3 times (rows of its group)^−0.3, less over EFA.
+
+    Between one weight a row, which the largest sources decide, and one a recipe, which single rows would.
+    """
     recipes = Counter(row.run.recipe for row in rows)
     groups = Counter(row.run.group for row in rows)
-    return np.array([(len(rows) / groups[row.run.group] / recipes[row.run.recipe]) ** 0.5 for row in rows])
+    even = [(groups[row.run.group] * recipes[row.run.recipe]) ** -0.3 for row in rows]
+    efa = [EFA_SHARE if row.run.group == "moe_efa" else 1.0 for row in rows]
+    return np.array(even) * np.array(efa)
 
 
 def fit(
     rows: Sequence[Prepared],
     base: Constants,
-    iterations: int = 6,
+    iterations: int = 12,
     start: Fitted | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Fitted:
     """Fit the constants to rows that have a measured time.
 
-    With `start`, its derivatives are kept and only the values move: cheap, and good enough for a subset.
+    Derivatives are taken anew in the first FRESH iterations. With `start`, its derivatives are kept and only
+    the values move: cheap, and good enough for a subset.
     """
     names = list(STARTS)
     centre = np.array([_encoded(name, STARTS[name][0]) for name in names])
@@ -86,7 +93,7 @@ def fit(
     for iteration in range(iterations):
         errors = _errors(rows, base, names, x)
         progress(f"iteration {iteration + 1}: mean error {np.mean(np.abs(np.expm1(errors))):.1%}")
-        if start is None:
+        if start is None and iteration < FRESH:
             jacobian = _derivatives(rows, base, names, x, errors)
         weight = share / np.maximum(np.abs(errors), _SHARP)
         pull = PULL / width**2
@@ -150,6 +157,6 @@ def cross_validated(rows: Sequence[Prepared], base: Constants, whole: Fitted) ->
         held = set(part)
         kept = [index for index in range(len(rows)) if index not in held]
         start = Fitted(whole.values, whole.jacobian[kept])
-        values = fit([rows[index] for index in kept], base, iterations=4, start=start).values
+        values = fit([rows[index] for index in kept], base, iterations=6, start=start).values
         found.append(HeldBack(part, values))
     return found
