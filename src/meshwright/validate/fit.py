@@ -49,6 +49,9 @@ _SHARP = 0.05
 _STEP = 0.1
 _LONGEST = 0.7
 FRESH = 6
+"""Iterations that take derivatives anew; later ones only converge."""
+EFA_SHARE = 0.25
+"""Weight of rows over EFA: their expert libraries stand in for NVIDIA's and differ by a factor of two."""
 
 
 @dataclass(frozen=True)
