@@ -58,7 +58,7 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Describe a mixture-of-experts deployment, audit its figures, and see who talks to whom."""
+    """Describe a mixture-of-experts deployment, audit its figures, plan its layout, see who talks to whom."""
     if version:
         deliver(f"meshwright {__version__}\n")
         raise typer.Exit
@@ -148,6 +148,53 @@ def _groups_of_rank(deployment: Deployment, rank: int, as_json: bool, output: st
     present(facts.document, show, as_json, output)
     if as_json:
         tell(plan.defaults, findings)
+
+
+@app.command()
+def plan(
+    file: Annotated[str | None, typer.Argument(metavar="[FILE]", help="A deployment file.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Without a file: the model.")] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Without a file: the GPU.")] = None,
+    gpus: Annotated[int | None, typer.Option(metavar="N", help="Without a file: how many.")] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences per step (1024).")] = None,
+    seq: Annotated[int | None, typer.Option(metavar="N", help="Tokens per sequence (4096).")] = None,
+    explain: Annotated[
+        str | None, typer.Option(metavar="tp=8,pp=4", help="Say why this choice is not the best.")
+    ] = None,
+    scaling: Annotated[
+        str | None, typer.Option(metavar="64,128,…", help="The best plan at each number of GPUs.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="'step_time <= 16 ms'", help="The fewest GPUs that meet it."),
+    ] = None,
+    top: Annotated[int | None, typer.Option(metavar="N", help="Plans to list (10; 20 in JSON).")] = None,
+    as_json: Json = False,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="PATH", help="Write the best plan's file there.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Search layouts and policies for the fastest that fit."""
+    from meshwright.planner.request import Request, answered
+    from meshwright.terminal.progress import progress_bar
+
+    if file is not None:
+        guard_input(file, output)
+    request = Request(
+        file, model, gpu, gpus, batch, seq, explain, scaling, target, top, tuple(overrides or ())
+    )
+    with progress_bar() as progress:
+        result = answered(request, progress)
+    if output is not None:
+        result.write(output)
+
+    def show(console: Console) -> None:
+        from meshwright.terminal.plan import show_plans
+
+        show_plans(result, console)
+
+    present(result.document, show, as_json, None)
 
 
 @app.command()

@@ -38,8 +38,9 @@ def unwatched(what: str, done: int, of: int) -> None:
 class Answer:
     """The plans of a deployment, best first, and what the search found on the way.
 
-    `nearest` is the plan that needs least memory, where none fits. `wall_s` and `cpu_s` are the seconds from
-    the deployment to its ranked plans.
+    `nearest` is the plan that needs least memory, where none fits. `taken` names values that stand in the
+    deployment though nobody stated them. `wall_s` and `cpu_s` are the seconds from the deployment to its
+    ranked plans.
     """
 
     deployment: Deployment
@@ -48,6 +49,7 @@ class Answer:
     found: Found
     plans: tuple[Ranked, ...]
     nearest: Ranked | None
+    taken: dict[str, str]
     wall_s: float
     cpu_s: float
 
@@ -79,8 +81,8 @@ class Answer:
     def defaults(self) -> dict[str, str]:
         """What was taken for what the deployment leaves open and the search does not vary."""
         shown = self.best or self.nearest
-        taken = {} if shown is None else shown.plan.defaults
-        return {key: why for key, why in taken.items() if not why.endswith(": searched")}
+        filled = {} if shown is None else shown.plan.defaults
+        return self.taken | {key: why for key, why in filled.items() if not why.endswith(": searched")}
 
     @cached_property
     def assumptions(self) -> dict[str, str]:
@@ -140,8 +142,10 @@ def plan_deployment(
     top: int = TOP,
     progress: Progress = unwatched,
     at_least: int | None = AT_LEAST,
+    taken: dict[str, str] | None = None,
 ) -> Answer:
-    """The best plans of a deployment. Raises InputError, with the rule, where nothing is legal."""
+    """The best plans of a deployment; `taken` names values of it that nobody stated. Raises InputError, with
+    the rule, where nothing is legal."""
     wall, cpu = time.perf_counter(), time.process_time()
     cluster, _ = deployment.cluster.resolve()
     space, lengths = space_of(deployment, cluster), lengths_of(deployment.workload)
@@ -154,7 +158,7 @@ def plan_deployment(
         plans.append(ranked(space.plan_of(point.candidate), lengths))
     near = None if found.nearest is None else ranked(space.plan_of(found.nearest.candidate), lengths)
     wall_s, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
-    return Answer(deployment, space, lengths, found, tuple(plans), near, wall_s, cpu_s)
+    return Answer(deployment, space, lengths, found, tuple(plans), near, taken or {}, wall_s, cpu_s)
 
 
 def searched(

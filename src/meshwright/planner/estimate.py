@@ -15,7 +15,6 @@ import numpy as np
 from meshwright.cost.placement import Group
 from meshwright.engines import engine_of
 from meshwright.ir.program import LoweredBlock, Program, lower, model_flops
-from meshwright.ir.sharding import local_numel, zero_degree
 from meshwright.ir.tasks import Phase
 from meshwright.plan import Plan
 from meshwright.planner.pipeline import pipeline_time
@@ -153,14 +152,14 @@ def _kinds(program: Program) -> tuple[list[LoweredBlock], Array]:
 
 
 def _optimizer(program: Program, priced: Prices, rank: int) -> float:
-    plan = program.plan
-    params = {p.name: p for s in program.stages_of(rank) for p in s.params}.values()
-    sharded = plan.policy.zero_stage >= 1
-    held = sum(local_numel(p, plan.layout) for p in params)
-    owned = sum(local_numel(p, plan.layout) / (zero_degree(p, plan.layout) if sharded else 1) for p in params)
+    plan, held = program.plan, program.held[rank]
+    owned: float = held.total
+    if plan.policy.zero_stage:
+        owned = held.dense / plan.layout.size("dp_cp") + held.experts / plan.layout.size("edp")
     width = engine_of(plan.policy).gradient_bytes.value
+    workload = plan.workload
     return float(
-        optimizer_seconds(priced, plan.workload.optimizer, plan.workload.compute_bytes, owned, held, width)
+        optimizer_seconds(priced, workload.optimizer, workload.compute_bytes, owned, held.total, width)
     )
 
 

@@ -223,10 +223,11 @@ def _show_memory(report: AuditReport, console: Console, full: bool) -> None:
     where = f"of {printable(report.memory_words)}: pipeline rank {peak.pp_rank}"
     console.print(Text.assemble(("Memory ", "bold"), f"{where} needs most, {need}."))
     if full:
-        console.print(_memory_table(report.memory))
+        console.print(memory_table(report.memory))
 
 
-def _memory_table(ranks: Sequence[RankMemory]) -> Table:
+def memory_table(ranks: Sequence[RankMemory]) -> Table:
+    """Memory by part and pipeline rank, of a few ranks where there are many."""
     table = Table(box=None, pad_edge=False, show_edge=False)
     table.add_column("  part")
     few = len(ranks) <= _MOST_COLUMNS
