@@ -17,7 +17,7 @@ from meshwright.model import Model
 from meshwright.plan import Plan, split_layers
 from meshwright.policy import EngineSettings, Policy, Recompute, ScheduleName
 from meshwright.validate.policies import Stated
-from meshwright.validate.refusal import RefusedError
+from meshwright.validate.refusal import RefusedError, words_of
 from meshwright.validate.rows import Row
 from meshwright.verify import verify
 from meshwright.workload import Workload
@@ -99,7 +99,7 @@ def _legal(parts: Described, levels: tuple[Recompute, ...], reasons: list[str]) 
         try:
             plan = _plan(parts, values)
         except (InputError, ValueError) as error:
-            reasons.append(str(error).splitlines()[0])
+            reasons.append(words_of(error))
             continue
         errors = [f for f in verify(plan) if f.level == "error"]
         if errors:

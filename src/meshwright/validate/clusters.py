@@ -8,7 +8,7 @@ from meshwright.cluster import Cluster
 from meshwright.errors import InputError
 from meshwright.gpus import gpu_named, machine_of
 from meshwright.hardware import Link, LinkKind
-from meshwright.validate.refusal import RefusedError
+from meshwright.validate.refusal import RefusedError, words_of
 from meshwright.validate.rows import Row
 
 GENERATIONS = {
@@ -77,7 +77,7 @@ def cluster_of(row: Row, assumed: dict[str, str]) -> Cluster:
     try:
         return Cluster(nodes=nodes, gpus_per_node=per_node, gpu=gpu_named(name), links=links)
     except ValueError as error:
-        raise RefusedError("cluster: cannot stand", str(error)) from None
+        raise RefusedError("cluster: cannot stand", words_of(error)) from None
 
 
 def _links(text: str, links: tuple[Link, ...], per_node: int, assumed: dict[str, str]) -> tuple[Link, ...]:

@@ -9,11 +9,10 @@ from functools import cache
 from importlib.resources import files as package_files
 from typing import Any
 
-from meshwright.errors import InputError
 from meshwright.families import catalogue_models, model_named
 from meshwright.files import parse_yaml
 from meshwright.model import Model
-from meshwright.validate.refusal import RefusedError
+from meshwright.validate.refusal import RefusedError, words_of
 from meshwright.validate.rows import Row
 
 LATENT_DEFAULTS = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
@@ -74,7 +73,7 @@ def model_of(row: Row, assumed: dict[str, str]) -> Model:
     try:
         return Model(**{name: value for name, value in fields.items() if value is not None})
     except ValueError as error:
-        raise RefusedError("architecture: dimensions that do not agree", _message(error)) from None
+        raise RefusedError("architecture: dimensions that do not agree", words_of(error)) from None
 
 
 @cache
@@ -93,10 +92,6 @@ def _named(row: Row, assumed: dict[str, str]) -> Row:
             assumed["model"] = f"no dimensions stated: {fields['source']}"
             return replace(row, **{key: value for key, value in fields.items() if key != "source"})
     return row
-
-
-def _message(error: ValueError) -> str:
-    return str(error) if isinstance(error, InputError) else str(error).splitlines()[0]
 
 
 def _require_described(row: Row) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from meshwright.errors import MeshwrightError
 
 
@@ -23,3 +25,10 @@ class RefusedError(MeshwrightError):
         self.reason = reason
         self.detail = detail
         super().__init__(f"{reason}: {detail}" if detail else reason)
+
+
+def words_of(error: ValueError) -> str:
+    """The first thing that is wrong, in one line."""
+    if isinstance(error, ValidationError):
+        return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+    return str(error).splitlines()[0]
