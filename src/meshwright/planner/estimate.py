@@ -19,7 +19,7 @@ from meshwright.ir.tasks import Phase
 from meshwright.plan import Plan
 from meshwright.planner.pipeline import pipeline_time
 from meshwright.planner.prices import Conditions, Prices, prices
-from meshwright.planner.routing import fanout_of, load_factor
+from meshwright.planner.routing import fanout_of, has_fixed_capacity, load_factor
 from meshwright.planner.step import StepComm, exposed_data, optimizer_seconds, step_comm
 from meshwright.planner.times import (
     AXES,
@@ -124,7 +124,8 @@ def measure_program(
 def running_of(plan: Plan, priced: Prices, conditions: Conditions) -> Running:
     """How a plan runs its blocks."""
     load = load_factor(plan, priced, conditions.balanced)
-    return Running(plan.policy.dispatcher, plan.policy.expert_overlap, load, fanout_of(plan.model))
+    overlap, fixed = plan.policy.expert_overlap, has_fixed_capacity(plan.model)
+    return Running(plan.policy.dispatcher, overlap, load, fanout_of(plan.model), fixed)
 
 
 def _comm(

@@ -16,6 +16,11 @@ DRAWS = 64
 _SEED = 20
 
 
+def has_fixed_capacity(model: Model) -> bool:
+    """Whether every expert takes a fixed number of tokens, by dropping and padding."""
+    return model.router.capacity_factor is not None or model.router.type == "gshard_top2"
+
+
 def fanout_of(model: Model) -> Fanout:
     """How a token's experts spread over domains of experts."""
     if not model.is_moe:

@@ -25,7 +25,7 @@ from meshwright.ir.program import input_bytes, send_bytes
 from meshwright.ir.step import phases_that_gather, reduces_in_backward
 from meshwright.ir.tasks import CommTask, Phase
 from meshwright.planner.prices import Prices
-from meshwright.planner.routing import fanout_of, load_over
+from meshwright.planner.routing import fanout_of, has_fixed_capacity, load_over
 from meshwright.planner.space import Bases, Choice, Space
 from meshwright.planner.stages import Kind, block_kinds, layer_kinds
 from meshwright.planner.times import Running, axis_groups, block_times, kernel_times, price_collective
@@ -239,18 +239,23 @@ class Tables:
         groups = axis_groups(self.space.cluster, degrees)
         load = self._loads[np.searchsorted(self._loaded, rows.ep)]
         kernels = kernel_times(
-            lowered["none"].tasks, self.priced, groups, Running(dispatcher, False, load, self.fanout)
+            lowered["none"].tasks,
+            self.priced,
+            groups,
+            Running(dispatcher, False, load, self.fanout, self.fixed),
         )
         found = {}
         for level, block in lowered.items():
             if level != "none":
                 again = [task for task in block.tasks if task.phase == "recompute"]
                 repeated = kernel_times(
-                    again, self.priced, groups, Running(dispatcher, False, load, self.fanout)
+                    again, self.priced, groups, Running(dispatcher, False, load, self.fanout, self.fixed)
                 )
                 kernels = {**kernels, "recompute": repeated["recompute"]}
             for overlaps in dict.fromkeys(choice.expert_overlap for choice in self.space.choices):
-                times = block_times(kernels, self.priced, Running(dispatcher, overlaps, load, self.fanout))
+                times = block_times(
+                    kernels, self.priced, Running(dispatcher, overlaps, load, self.fanout, self.fixed)
+                )
                 totals = {phase: sum(parts.values()) for phase, parts in times.items()}
                 backward = totals["recompute"] + totals["input_gradient"]
                 phases = (totals["forward"], backward, totals["weight_gradient"])
@@ -261,6 +266,11 @@ class Tables:
     @cached_property
     def _loaded(self) -> Array:
         return np.unique(np.concatenate([bases.ep for bases in self.space.bases.values()]))
+
+    @cached_property
+    def fixed(self) -> bool:
+        """Whether every expert takes a fixed number of tokens."""
+        return has_fixed_capacity(self.space.model)
 
     @cached_property
     def fanout(self) -> Fanout:

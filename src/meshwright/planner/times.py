@@ -65,13 +65,15 @@ class Running:
     """How a layout runs its blocks, beyond the tasks themselves.
 
     `load` is the fullest expert rank's load over the mean; `overlaps_experts` says that expert communication
-    runs beside another micro-batch's compute; `fanout` is how a token's experts spread.
+    runs beside another micro-batch's compute; `fanout` is how a token's experts spread; `fixed`
+    says that every expert takes a fixed number of tokens, so that no size comes back from the GPU.
     """
 
     dispatcher: Dispatcher
     overlaps_experts: Array = False
     load: Array = 1.0
     fanout: Fanout = UNIFORM
+    fixed: bool = False
 
 
 def axis_groups(cluster: Cluster, degrees: Mapping[str, Array]) -> dict[str, Group]:
@@ -154,7 +156,8 @@ def _launching_s(launches: PhaseParts, has_experts: bool, prices: Prices, runnin
     everything.
     """
     host = prices.constants.host
-    waits = has_experts and not (prices.static_experts or running.dispatcher == "hybridep")
+    fixed = prices.static_experts or running.fixed
+    waits = has_experts and not (fixed or running.dispatcher == "hybridep")
     eager = host["experts" if waits else prices.host].value
     routed, others = launches["launches_experts"], launches["launches"]
     if prices.graphs == "none":
