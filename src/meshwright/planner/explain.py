@@ -107,18 +107,24 @@ class Remedy:
 
 
 def remedies(answer: Answer, most_doublings: int = 6) -> list[Remedy]:
-    """What would help where nothing fits: each fixed key left open, and more nodes."""
-    found = []
-    for key in fixed_keys(answer.deployment):
-        if key in ("policy.engine", "layout.dp"):
-            continue
-        try:
-            open_ = plan_deployment(fixing(answer.deployment, {key: None}), 1, at_least=0)
-        except InputError:
-            continue
-        if open_.found.feasible:
-            found.append(Remedy(f"leave {key} open", open_.found.feasible))
+    """What would help where nothing fits: a fixed key left open, all of layout or policy, and more nodes."""
+    fixed = [key for key in fixed_keys(answer.deployment) if key not in ("policy.engine", "layout.dp")]
+    found = [remedy for key in fixed if (remedy := _opened(answer, [key], key))]
+    for part in ("layout", "policy", ""):
+        keys = [key for key in fixed if key.startswith(part)]
+        if not found and len(keys) > 1:
+            found += filter(None, [_opened(answer, keys, f"all of {part or 'layout and policy'}")])
     nodes = fitting_nodes(answer.deployment, most_doublings)
     if nodes is not None:
         found.append(Remedy(f"use {nodes[0]:,} GPUs", nodes[1]))
     return found
+
+
+def _opened(answer: Answer, keys: list[str], words: str) -> Remedy | None:
+    """Leaving keys open, if something fits then."""
+    try:
+        opened = plan_deployment(fixing(answer.deployment, dict.fromkeys(keys)), 1, at_least=0)
+    except InputError:
+        return None
+    feasible = opened.found.feasible
+    return Remedy(f"leave {words} open", feasible) if feasible else None

@@ -40,7 +40,7 @@ from meshwright.policy import (
     ScheduleName,
     ZeroStage,
 )
-from meshwright.verify import divides_under_pipelines
+from meshwright.verify import divides_under_pipelines, fewest_under_1f1b
 from meshwright.workload import Workload
 
 Array = Any
@@ -160,7 +160,8 @@ class Space:
         m = self.num_micro_batches(self.bases[pp])
         most = MAX_FORWARDS // (pp * pipeline.vpp)
         yield f"at most {MAX_FORWARDS:,} forwards over all stages and micro-batches", m > most
-        fewest = {"1F1B": pp, "DualPipeV": 2 * pp}.get(schedule, 1)
+        few = fewest_under_1f1b(self.engine_name, pp)
+        fewest = {"1F1B": few, "DualPipeV": 2 * pp}.get(schedule, 1)
         yield f"too few micro-batches for pp under {schedule}", m < fewest
         if schedule in CHUNKED_SCHEDULES - V_SCHEDULES:
             yield (

@@ -59,7 +59,8 @@ def show_plans(result: Answered, console: Console) -> None:
 def _summary(answer: Answer) -> str:
     found = answer.found
     taken = f"{answer.wall_s:.1f} s ({answer.cpu_s:.1f} CPU-s)"
-    text = f"{found.legal:,} legal candidates in {taken}: {found.memory_rejected:,} do not fit"
+    many = "s" if found.legal > 1 else ""
+    text = f"{found.legal:,} legal candidate{many} in {taken}: {found.memory_rejected:,} do not fit"
     if not found.feasible:
         return f"{text}, and that is all of them."
     rest = " the others cannot be among the best." if found.priced < found.feasible else ""
@@ -113,21 +114,27 @@ def _interval(low_s: float, high_s: float) -> str:
     return f"{low_s / scale:.4g}–{number} {unit}"
 
 
-def _table(*headings: str, left: Sequence[str] = ()) -> Table:
+_CHOICE = "layout and policy"
+
+
+def _table(*headings: str) -> Table:
+    """A table of figures; only its column of layouts and policies breaks, between words."""
     table = Table(box=None, pad_edge=False, show_edge=False, header_style="dim")
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in left else "right", overflow="fold")
+        words = heading == _CHOICE
+        table.add_column(heading, justify="left" if words else "right", no_wrap=not words)
     return table
+
+
+def _choice(plan: Plan) -> str:
+    return f"{short_layout(plan)}  {short_policy(plan)}"
 
 
 def _show_ranking(answer: Answer, console: Console, shown: int) -> None:
     console.print()
     ends = list(answer.plans[0].at_ends)
     names = [f"at {length:,}" for length in ends]
-    table = _table(
-        "#", "step", "80 % interval", *names, "tokens/s/GPU", "MFU", "memory", "layout", "policy",
-        left=("layout", "policy"),
-    )  # fmt: skip
+    table = _table("#", "step", "80 % interval", *names, "tokens/s/GPU", "MFU", "memory", _CHOICE)
     tied = set(answer.ties[0]) if answer.ties and 0 in answer.ties[0] else {0}
     for position, ranked in enumerate(answer.plans[:shown]):
         low, high = ranked.interval_s
@@ -139,8 +146,7 @@ def _show_ranking(answer: Answer, console: Console, shown: int) -> None:
             f"{ranked.tokens_per_s / ranked.plan.cluster.num_gpus:,.0f}",
             f"{100 * ranked.mfu:.1f}%",
             BYTES.format(ranked.peak_memory_bytes),
-            short_layout(ranked.plan),
-            short_policy(ranked.plan),
+            _choice(ranked.plan),
         )
     console.print(table)
     legend = "PP4×2: two chunks per rank. I1F1B, IZB: interleaved. rc: recompute, ov: expert overlap."
@@ -184,7 +190,7 @@ def _show_front(answer: Answer, console: Console) -> None:
         return
     console.print()
     console.print(Text(f"Less memory, more time (in {MEMORY_STEPS}ths of the GPU's memory)", style="bold"))
-    table = _table("memory", "step", "layout", "policy", left=("layout", "policy"))
+    table = _table("memory", "step", _CHOICE)
     kept = (
         front if len(front) <= SHOWN else [front[i * (len(front) - 1) // (SHOWN - 1)] for i in range(SHOWN)]
     )
@@ -193,8 +199,7 @@ def _show_front(answer: Answer, console: Console) -> None:
         table.add_row(
             BYTES.format(point.peak_memory_bytes),
             SECONDS.format(point.step_time_s),
-            short_layout(plan),
-            short_policy(plan),
+            _choice(plan),
         )
     console.print(table)
 
@@ -236,7 +241,7 @@ def _show_nothing_fits(answer: Answer, remedies: Sequence[Remedy], console: Cons
         Text.assemble(
             ("Nothing fits. ", "bold red"),
             f"The smallest needs {BYTES.format(near.peak_memory_bytes)} of {BYTES.format(capacity)} per GPU, "
-            f"{missing} too much: {short_layout(near.plan)}, {short_policy(near.plan)}.",
+            f"{missing} too much: {_choice(near.plan)}.",
         )
     )
     console.print(_without_reasons(near.memory))
@@ -260,7 +265,7 @@ def _show_explained(explained: Explained, console: Console) -> None:
         plan = explained.plan
         console.print(
             f"  its best: {SECONDS.format(plan.step_time_s)}, {BYTES.format(plan.peak_memory_bytes)}, "
-            f"{short_layout(plan.plan)}, {short_policy(plan.plan)}"
+            f"{_choice(plan.plan)}"
         )
     if explained.by_part_s and explained.verdict == "slower":
         parts = {part: s for part, s in explained.by_part_s.items() if abs(s) > 0.5e-6}
@@ -270,12 +275,10 @@ def _show_explained(explained: Explained, console: Console) -> None:
 def _show_scaling(rows: Sequence[AtCount], console: Console) -> None:
     console.print()
     console.print(Text("Strong scaling: the same global batch, the best plan at each count", style="bold"))
-    table = _table(
-        "GPUs", "step", "80 % interval", "efficiency", "layout", "policy", left=("layout", "policy")
-    )
+    table = _table("GPUs", "step", "80 % interval", "efficiency", _CHOICE)
     for row in rows:
         if row.plan is None:
-            table.add_row(f"{row.gpus:,}", "–", "–", "–", printable(row.why), "")
+            table.add_row(f"{row.gpus:,}", "–", "–", "–", printable(row.why))
             continue
         low, high = row.plan.interval_s
         share = row.efficiency_fraction
@@ -284,8 +287,7 @@ def _show_scaling(rows: Sequence[AtCount], console: Console) -> None:
             SECONDS.format(row.plan.step_time_s),
             _interval(low, high),
             "–" if share is None else f"{100 * share:.1f}%",
-            short_layout(row.plan.plan),
-            short_policy(row.plan.plan),
+            _choice(row.plan.plan),
         )
     console.print(table)
 
@@ -305,8 +307,7 @@ def _show_target(answer: TargetAnswer, console: Console) -> None:
     console.print(
         Text.assemble(
             (f"Target {printable(answer.target.text)}: ", "bold"),
-            f"{words}: {shown}{far}. {short_layout(plan.plan)}, {short_policy(plan.plan)}. "
-            f"Tried: {tried} GPUs.",
+            f"{words}: {shown}{far}. {_choice(plan.plan)}. Tried: {tried} GPUs.",
         )
     )
 
