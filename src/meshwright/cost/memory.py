@@ -8,7 +8,7 @@ what is held in flight + what one backward pass needs on top. The arithmetic of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from meshwright.cost.parts import (
@@ -21,10 +21,10 @@ from meshwright.cost.parts import (
     states,
 )
 from meshwright.cost.rank import CONTEXT, SLACK, RankContent, fixed_lines
-from meshwright.ir.holding import Holding, holding
+from meshwright.ir.holding import Holding, holding, sum_of_kinds
 from meshwright.ir.in_flight import peak_of_rank
 from meshwright.ir.parameters import Param
-from meshwright.ir.program import LoweredBlock, Program, StageProgram
+from meshwright.ir.program import LoweredBlock, Program, StageProgram, holdings, kinds_of
 from meshwright.ir.schedule import ActivationPeak
 from meshwright.plan import Plan
 
@@ -101,13 +101,13 @@ def rank_memory(program: Program, pp_rank: int) -> RankMemory:
 
 
 class _Blocks:
-    """The bytes of a program's blocks and the parameters of its layers, each kind counted once."""
+    """The bytes of a program's blocks and what is held of their parameters, each kind counted once."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.setting = Setting.of(program.plan)
         self.bytes: dict[object, BlockBytes] = {}
-        self.holdings: dict[object, Holding] = {}
+        self.holdings = holdings(program.plan)
 
     def kind(self, name: str) -> object:
         """What a block's bytes and a parameter's owner depend on: the kind of a layer, or the name."""
@@ -126,34 +126,25 @@ class _Blocks:
             )
         return self.bytes[kind]
 
-    def held(self, params: Iterable[Param]) -> tuple[Holding, int]:
-        """What a rank holds of distinct parameters, and the elements of the largest block among them."""
-        owners: dict[str, list[Param]] = {}
-        for param in params:
-            words = param.name.split(".")
-            owners.setdefault(".".join(words[:2]) if words[0] == "layers" else words[0], []).append(param)
-        total, largest = Holding(), 0
-        for owner, own in owners.items():
-            kind = self.kind(owner)
-            if kind not in self.holdings:
-                self.holdings[kind] = holding(own, self.program.plan.layout)
-            total += self.holdings[kind]
-            largest = max(largest, self.holdings[kind].total)
-        return total, largest
+    def held(self, stages: Sequence[StageProgram]) -> tuple[Holding, int]:
+        """What a rank holds of its stages' parameters, and the elements of the largest block among them."""
+        counted = kinds_of(self.program.plan.model, stages)
+        largest = max(self.holdings[kind].total for kind in counted)
+        return sum_of_kinds(self.holdings, counted), largest
 
 
 def _rank_memory(blocks: _Blocks, pp_rank: int) -> RankMemory:
     plan, setting = blocks.program.plan, blocks.setting
     stages = blocks.program.stages_of(pp_rank)
     peak = _peak(blocks, pp_rank)
-    held, largest = blocks.held(held_params(stages).values())
+    held, largest = blocks.held(stages)
     in_flight = list(_held(blocks, stages, peak))
     content = RankContent(
         held_bytes=sum(line.bytes for line in in_flight),
         blocks=list({id(b): b for stage in stages for b in map(blocks.of, stage.blocks)}.values()),
         params=held,
         largest_block=largest,
-        stages=[blocks.held(held_params((stage,)).values())[0] for stage in stages],
+        stages=[blocks.held((stage,))[0] for stage in stages],
         sends_bytes=sum(task.bytes for stage in stages for task in stage.sends),
     )
     layout = plan.layout

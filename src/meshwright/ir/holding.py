@@ -6,11 +6,15 @@ those of any stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from meshwright.ir.parameters import Param
 from meshwright.ir.sharding import AxisSizes, local_numel, zero_degree
+
+Kind = tuple[bool, bool] | str
+"""A kind of layer (see Model.layer_kind), `embedding`, `head`, or `table`: the copy of a tied embedding that
+stands with the head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +38,11 @@ class Holding:
     routers: int = 0
 
     def __add__(self, other: Holding) -> Holding:
-        return Holding(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Holding)))
+        return Holding(*(getattr(self, name) + getattr(other, name) for name in _SUMS))
 
     def times(self, count: int) -> Holding:
         """That of equal blocks."""
-        return Holding(*(getattr(self, f.name) * count for f in fields(Holding)))
+        return Holding(*(getattr(self, name) * count for name in _SUMS))
 
     @property
     def total(self) -> int:
@@ -49,6 +53,9 @@ class Holding:
     def share(self) -> int:
         """All elements that are this rank's under ZeRO."""
         return self.dense_share + self.expert_share
+
+
+_SUMS = tuple(Holding.__slots__)
 
 
 def holding(params: Iterable[Param], sizes: AxisSizes) -> Holding:
@@ -69,4 +76,12 @@ def holding(params: Iterable[Param], sizes: AxisSizes) -> Holding:
             uncut=whole if expert and "etp" not in param.shard else 0,
             routers=int(param.part == "router" and len(param.shape) == 2),
         )
+    return total
+
+
+def sum_of_kinds(kinds: Mapping[Kind, Holding], counted: Mapping[Kind, int]) -> Holding:
+    """What blocks hold together, given one of each kind and how many there are."""
+    total = Holding()
+    for kind, count in counted.items():
+        total += kinds[kind].times(count)
     return total

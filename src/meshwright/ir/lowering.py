@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from meshwright.engines import Engine
 from meshwright.ir.elementwise import is_nothing, is_one
@@ -65,6 +66,45 @@ class LoweredBlock:
             if isinstance(task, ComputeTask) and task.phase in by_phase:
                 by_phase[task.phase] += task.flops
         return Flops(by_phase["forward"], by_phase["input_gradient"], by_phase["weight_gradient"])
+
+
+class RepeatedLayer(LoweredBlock):
+    """A lowered layer under the name of another layer of its kind. Names are put in when they are read: few
+    readers need more than one layer of each kind."""
+
+    def __init__(self, template: LoweredBlock, name: str) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "output_gradient_bytes", template.output_gradient_bytes)
+        object.__setattr__(self, "template", template)
+
+    template: LoweredBlock
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        """The template's tasks, renamed."""
+        return tuple(replace(task, name=self._renamed(task.name)) for task in self.template.tasks)
+
+    @cached_property
+    def saved(self) -> dict[str, tuple[int, bool]]:
+        """The template's kept tensors, renamed."""
+        return {self._renamed(name): kept for name, kept in self.template.saved.items()}
+
+    @cached_property
+    def saved_without_recompute(self) -> dict[str, tuple[int, bool]]:
+        """The same without recompute."""
+        return {self._renamed(name): kept for name, kept in self.template.saved_without_recompute.items()}
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other block holds the same, lowered under its own name or not."""
+        if not isinstance(other, LoweredBlock):
+            return NotImplemented
+        names = LoweredBlock.__dataclass_fields__
+        return all(getattr(self, name) == getattr(other, name) for name in names)
+
+    __hash__ = None  # type: ignore[assignment]  # it holds dictionaries, as every block does
+
+    def _renamed(self, text: str) -> str:
+        return self.name + text[len(self.template.name) :]
 
 
 def block_tasks(

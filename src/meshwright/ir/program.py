@@ -6,15 +6,23 @@ Estimator, simulator and memory model all read this; the dry run and training ar
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from meshwright.engines import Engine, engine_of
 from meshwright.ir.blocks import embedding_block, head_block, layer_block
 from meshwright.ir.dense import Shape
 from meshwright.ir.graph import Block, CollectiveKind, Degrees
-from meshwright.ir.lowering import LoweredBlock, block_tasks, gradient_reductions, parameter_gathers
+from meshwright.ir.holding import Holding, Kind, holding, sum_of_kinds
+from meshwright.ir.lowering import (
+    LoweredBlock,
+    RepeatedLayer,
+    block_tasks,
+    gradient_reductions,
+    parameter_gathers,
+)
 from meshwright.ir.parameters import (
     Param,
     block_parameters,
@@ -45,15 +53,15 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StageProgram:
-    """One pipeline stage (chunk): its blocks in order, and the parameters that its ranks hold."""
+    """One pipeline stage (chunk): its blocks in order, and what it sends."""
 
+    model: Model
     index: int
     rank: int
     layers: tuple[int, ...]
     blocks: tuple[LoweredBlock, ...]
-    params: tuple[Param, ...]
     sends: tuple[CommTask, ...]
 
     @property
@@ -66,6 +74,18 @@ class StageProgram:
         """Whether the head and the loss stand in this stage."""
         return self.blocks[-1].name == "head"
 
+    @cached_property
+    def params(self) -> tuple[Param, ...]:
+        """The parameters that its ranks hold; a tied embedding once."""
+        params = [param for layer in self.layers for param in layer_parameters(self.model, layer)]
+        if self.has_embedding:
+            params = [*embedding_parameters(self.model), *params]
+        if self.has_head:
+            params += head_parameters(self.model)
+            if self.model.tie_word_embeddings and not self.has_embedding:
+                params.append(next(iter(embedding_parameters(self.model))))
+        return tuple(params)
+
     def tasks(self, phase: Phase | None = None) -> Iterator[Task]:
         """Every task of one micro-batch, in order; of one phase where it is named."""
         for block in self.blocks:
@@ -74,11 +94,13 @@ class StageProgram:
 
 @dataclass(frozen=True)
 class Program:
-    """A lowered plan: stages, pipeline order, and what happens once per step."""
+    """A lowered plan: stages, pipeline order, what happens once per step, and what each pipeline rank holds
+    of the parameters."""
 
     plan: Plan
     stages: tuple[StageProgram, ...]
     step: tuple[tuple[CommTask, ...], ...]
+    held: tuple[Holding, ...]
 
     @property
     def schedule(self) -> Schedule:
@@ -158,14 +180,38 @@ def lower(plan: Plan, sequence_length: int | None = None) -> Program:
         layers = tuple(range(first, first + count))
         first += count
         stages.append(_stage(plan, blocks, index, layers, num_stages))
-    step = tuple(_rank_step(plan, [s for s in stages if s.rank == rank]) for rank in range(plan.layout.pp))
-    return Program(plan, tuple(stages), step)
+    kinds = holdings(plan)
+    owned = [[stage for stage in stages if stage.rank == rank] for rank in range(plan.layout.pp)]
+    held = tuple(sum_of_kinds(kinds, kinds_of(plan.model, own)) for own in owned)
+    step = tuple(_rank_step(plan, own, holds) for own, holds in zip(owned, held, strict=True))
+    return Program(plan, tuple(stages), step, held)
 
 
-def _rank_step(plan: Plan, stages: list[StageProgram]) -> tuple[CommTask, ...]:
-    params = list({param.name: param for stage in stages for param in stage.params}.values())
+def _rank_step(plan: Plan, stages: list[StageProgram], held: Holding) -> tuple[CommTask, ...]:
     embedding, head = any(s.has_embedding for s in stages), any(s.has_head for s in stages)
-    return tuple(step_tasks(plan, params, embedding, head))
+    return tuple(step_tasks(plan, held, embedding, head))
+
+
+def holdings(plan: Plan) -> dict[Kind, Holding]:
+    """What one rank holds of the parameters of each kind of block."""
+    model = plan.model
+    first = {model.layer_kind(layer): layer for layer in reversed(range(model.num_hidden_layers))}
+    params: dict[Kind, list[Param]] = {
+        kind: list(layer_parameters(model, layer)) for kind, layer in first.items()
+    }
+    params["embedding"] = list(embedding_parameters(model))
+    params["head"] = list(head_parameters(model))
+    params["table"] = params["embedding"][:1]
+    return {kind: holding(own, plan.layout) for kind, own in params.items()}
+
+
+def kinds_of(model: Model, stages: Sequence[StageProgram]) -> Counter[Kind]:
+    """How often each kind of block has its parameters in these stages of one rank."""
+    counted: Counter[Kind] = Counter(model.layer_kind(layer) for stage in stages for layer in stage.layers)
+    embedding, head = any(s.has_embedding for s in stages), any(s.has_head for s in stages)
+    counted.update({"embedding": int(embedding), "head": int(head)})
+    counted["table"] = int(model.tie_word_embeddings and head and not embedding)
+    return +counted
 
 
 class _BlockTable:
@@ -181,45 +227,24 @@ class _BlockTable:
             whole = layer_block(self.plan.model, layer, self.shape)
             self.kinds[kind] = (layer, lower_block(self.plan, whole))
         known, block = self.kinds[kind]
-        return block if known == layer else _renamed(block, f"layers.{known}", f"layers.{layer}")
+        return block if known == layer else RepeatedLayer(block, f"layers.{layer}")
 
     def end(self, name: Literal["embedding", "head"]) -> LoweredBlock:
         build = embedding_block if name == "embedding" else head_block
         return lower_block(self.plan, build(self.plan.model, self.shape))
 
 
-def _renamed(block: LoweredBlock, old: str, new: str) -> LoweredBlock:
-    def name(text: str) -> str:
-        return new + text[len(old) :]
-
-    return replace(
-        block,
-        name=new,
-        tasks=tuple(replace(task, name=name(task.name)) for task in block.tasks),
-        saved={name(tensor): kept for tensor, kept in block.saved.items()},
-        saved_without_recompute={
-            name(tensor): kept for tensor, kept in block.saved_without_recompute.items()
-        },
-    )
-
-
 def _stage(
     plan: Plan, blocks: _BlockTable, index: int, layers: tuple[int, ...], num_stages: int
 ) -> StageProgram:
-    model = plan.model
     lowered = [blocks.layer(layer) for layer in layers]
-    params = [param for layer in layers for param in layer_parameters(model, layer)]
     if index == 0:
         lowered.insert(0, blocks.end("embedding"))
-        params = [*embedding_parameters(model), *params]
     if index == num_stages - 1:
         lowered.append(blocks.end("head"))
-        params += head_parameters(model)
-        if model.tie_word_embeddings and num_stages > 1:
-            params.append(next(iter(embedding_parameters(model))))
     sends = tuple(_sends(plan, blocks.shape, index, num_stages))
     rank = rank_of(plan.policy.schedule, index, plan.layout.pp)
-    return StageProgram(index, rank, layers, tuple(lowered), tuple(params), sends)
+    return StageProgram(plan.model, index, rank, layers, tuple(lowered), sends)
 
 
 def _sends(plan: Plan, shape: Shape, stage: int, num_stages: int) -> Iterator[CommTask]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from meshwright.engines import Engine, engine_of
 from meshwright.ir.elementwise import is_everywhere_nothing, is_one
 from meshwright.ir.graph import CollectiveKind
-from meshwright.ir.holding import Holding, holding
-from meshwright.ir.parameters import Param, embedding_parameters
+from meshwright.ir.holding import Holding
+from meshwright.ir.parameters import embedding_parameters
 from meshwright.ir.sharding import AxisSizes, local_numel
 from meshwright.ir.tasks import CommTask, Phase
 from meshwright.model import Model
@@ -65,8 +65,8 @@ class StepFacts:
         return self.pp if axis == "pp" else self.sizes.size(axis)
 
 
-def step_tasks(plan: Plan, params: list[Param], has_embedding: bool, has_head: bool) -> Iterator[CommTask]:
-    """What one rank communicates once per step, given the parameters that it holds."""
+def step_tasks(plan: Plan, held: Holding, has_embedding: bool, has_head: bool) -> Iterator[CommTask]:
+    """What one rank communicates once per step, given what it holds of the parameters."""
     facts = StepFacts(
         plan.model,
         engine_of(plan.policy),
@@ -76,7 +76,7 @@ def step_tasks(plan: Plan, params: list[Param], has_embedding: bool, has_head: b
         plan.layout.pp,
         plan.layout,
     )
-    yield from communication(facts, holding(params, plan.layout), has_embedding, has_head)
+    yield from communication(facts, held, has_embedding, has_head)
 
 
 def communication(facts: StepFacts, held: Holding, has_embedding: bool, has_head: bool) -> Iterator[CommTask]:
