@@ -80,8 +80,9 @@ def _one_forward_one_backward(f: Array, b: Array, m: Array) -> Array:
     m micro-batches and waits twice for the ranks after it: for its first gradient, behind k warm-up
     forwards of its own, and at the end for its last one, behind k backwards:
     T_i = Σ_{j<i} t_j + m·t_i + max(0, D_i − k·f_i) + max(0, D_i − k·b_i), D_i = Σ_{j>i} t_j, k = P − 1 − i.
-    Exact for one chunk; with v chunks t_i sums the rank's chunks, the first fills, the last drains, and the
-    form is exact for equal stages. With m < P each further chunk waits for P − m slots.
+    Exact for equal stages, and else a lower bound that misses paths which change ranks on the way. With v
+    chunks t_i sums the rank's chunks, the first fills and the last drains. With m < P each further chunk
+    waits for P − m slots.
     """
     num_chunks, num_ranks = f.shape[:2]
     t = f + b
