@@ -6,7 +6,7 @@ and a search can count why layouts were refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,11 +59,16 @@ def require_valid(plan: Plan) -> list[Finding]:
 
 
 def num_empty_stages(policy: Policy) -> int:
-    """Stages that may hold no layer and hold none: Megatron's first and last, left to the embedding and the
-    head (account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split of Megatron Core)."""
-    stages = policy.layers_per_stage
-    ends = (stages[:1] + stages[-1:]) if len(stages) > 1 else ()
-    return ends.count(0) if policy.engine == "megatron" else 0
+    """Stages of a policy that may hold no layer and hold none."""
+    return empty_ends(policy.engine, policy.layers_per_stage)
+
+
+def empty_ends(engine: EngineName, stages: Sequence[int]) -> int:
+    """How many of these stages hold no layer and may: Megatron's first and last, left to the embedding and
+    the head (account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split of Megatron
+    Core)."""
+    ends = (*stages[:1], *stages[-1:]) if len(stages) > 1 else ()
+    return ends.count(0) if engine == "megatron" else 0
 
 
 def layout_findings(model: Model, layout: Layout, empty_stages: int = 0) -> Iterator[Finding]:
@@ -215,6 +220,12 @@ def divides_under_pipelines(engine: EngineName) -> bool:
     return engine in ("native", "torchtitan")
 
 
+def fewest_under_1f1b(engine: EngineName, pp: int) -> int:
+    """Micro-batches that 1F1B needs: as many as ranks where PyTorch runs it (torch 2.13,
+    pipelining/schedules.py, Schedule1F1B), one elsewhere."""
+    return pp if engine in ("native", "torchtitan") else 1
+
+
 def _overlap_findings(
     workload: Workload, layout: Layout, policy: Policy, engine: Engine
 ) -> Iterator[Finding]:
@@ -240,13 +251,20 @@ def _schedule_findings(workload: Workload, layout: Layout, policy: Policy) -> It
     if workload.global_batch_size % layout.dp or per_replica % policy.micro_batch_size:
         return
     count = per_replica // policy.micro_batch_size
+    if policy.schedule == "1F1B" and count < fewest_under_1f1b(policy.engine, layout.pp):
+        rule = (
+            f"counted in micro-batches, 1F1B over {layout.pp} ranks needs at least {layout.pp} in PyTorch; "
+            f"this batch makes {count} micro-batches on each of {layout.dp} replicas"
+        )
+        near = (layout.pp * policy.micro_batch_size * layout.dp,)
+        yield Finding("workload.global_batch_size", workload.global_batch_size, rule, near)
     try:
         require_buildable(policy.schedule, layout.pp, count, layout.vpp)
     except InputError as error:
         if error.key == "workload.global_batch_size":  # anything else is a finding of the stages
             rule = f"{error.rule}; this batch makes {count} micro-batches on each of {layout.dp} replicas"
-            near = [int(str(n)) * policy.micro_batch_size * layout.dp for n in error.nearest]
-            yield Finding(error.key, workload.global_batch_size, rule, tuple(near))
+            nearest = [int(str(n)) * policy.micro_batch_size * layout.dp for n in error.nearest]
+            yield Finding(error.key, workload.global_batch_size, rule, tuple(nearest))
     if policy.engine == "megatron" and layout.vpp > 1 and count % layout.pp:
         rule = (
             f"Megatron's interleaved schedule needs a multiple of pp = {layout.pp} micro-batches, not {count}"

@@ -24,6 +24,7 @@ from meshwright.layout import Layout, divisors
 from meshwright.plan import default_engine, split_layers
 from meshwright.planner.space import Bases, Choice, Pipeline, Space
 from meshwright.policy import CHUNKED_SCHEDULES, V_SCHEDULES, EngineName, Recompute, ScheduleName
+from meshwright.verify import empty_ends
 
 Array = Any
 Columns = dict[str, Array]
@@ -115,7 +116,7 @@ class _Draft:
         rule = f"the {self.engine_name} engine runs cp up to {self.engine.max_cp}"
         columns = self._kept(columns, rule, columns["cp"] <= self.engine.max_cp)
         rule = f"each stage needs a layer of the {model.num_hidden_layers}"
-        columns = self._kept(columns, rule, columns["pp"] <= model.num_hidden_layers)
+        columns = self._kept(columns, rule, columns["pp"] - self._empty <= model.num_hidden_layers)
         rule = f"dp must divide global_batch_size = {self.workload.global_batch_size}"
         columns = self._kept(columns, rule, self.workload.global_batch_size % columns["dp"] == 0)
         return self._with_sequences(columns)
@@ -225,16 +226,23 @@ class _Draft:
             except InputError as error:
                 self.refused[f"{schedule}: {error.rule}"] += 1
                 continue
-            if pp * vpp <= layers:
+            if pp * vpp - self._empty <= layers:
                 yield vpp
             else:
                 self.refused[f"each stage needs a layer of the {layers}"] += 1
+
+    @property
+    def _empty(self) -> int:
+        """Stages of fixed ones that may hold no layer and hold none, as `verify` says."""
+        stages = self.policy.layers_per_stage or ()
+        return empty_ends(self.engine_name, stages)
 
     def _stages(self, num_stages: int) -> tuple[int, ...] | None:
         fixed, layers = self.policy.layers_per_stage, self.model.num_hidden_layers
         if fixed is None:
             return split_layers(layers, num_stages)
-        if len(fixed) == num_stages and sum(fixed) == layers:
+        filled = fixed.count(0) <= self._empty or num_stages > layers
+        if len(fixed) == num_stages and sum(fixed) == layers and filled:
             return fixed
         self.refused["layers_per_stage must name every stage and add up to num_hidden_layers"] += 1
         return None

@@ -36,7 +36,7 @@ class Columns:
     """What the bases of one pipeline degree have in common for every pipeline: arrays of N.
 
     `params[kind]` are holdings, `sums[what, kind]` those of their sums that memory needs, `largest[kind]` the
-    elements of each kind's largest block.
+    elements of one block of each kind.
     """
 
     bases: Bases
@@ -61,15 +61,8 @@ def columns_of(tables: Tables, pp: int) -> Columns:
     """The columns of a pipeline degree."""
     space, bases = tables.space, tables.space.bases[pp]
     count = len(bases)
-    params, largest = [], []
-    for kind in parameter_kinds(space.model):
-        owners: dict[str, list[Param]] = {}
-        for param in kind:
-            words = param.name.split(".")
-            owners.setdefault(words[0] if words[0] != "layers" else "layer", []).append(param)
-        held = [holding(own, bases) for own in owners.values()]
-        params.append(sum(held, Holding()))
-        largest.append(np.max([one.total * np.ones(count) for one in held], axis=0))
+    params = [holding(kind, bases) for kind in parameter_kinds(space.model)]
+    largest = [one.total * np.ones(count) for one in params]
     sums = np.array([[getattr(one, name) * np.ones(count) for one in params] for name in _SUMMED])
     m = space.num_micro_batches(bases)
     return Columns(bases, m, params, sums, np.array(largest), tables.send_bytes(pp))
