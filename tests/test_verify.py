@@ -286,6 +286,13 @@ def test_the_nearest_values_keep_the_rule(base: Plan, name: str) -> None:
         assert not [f for f in again if f.key == key and text in f.rule], (value, again)
 
 
+def test_engines_that_are_not_pytorch_s_run_few_micro_batches(base: Plan) -> None:
+    few = {"workload.global_batch_size": 4}  # one micro-batch for two ranks
+    assert [f.key for f in verify(changed(base, few))] == ["workload.global_batch_size"]
+    for engine in ("megatron", "deepspeed"):
+        assert verify(changed(base, {**few, "policy.engine": engine})) == []
+
+
 def test_errors_stand_before_warnings(base: Plan) -> None:
     plan = changed(base, {**TP_16, "workload.global_batch_size": 15, "policy.zero_stage": 0, "layout.dp": 2})
     levels = [finding.level for finding in verify(plan)]

@@ -117,9 +117,10 @@ def gpipe(rank: int, num_micro_batches: int) -> Order:
 
 
 def one_forward_one_backward(rank: int, num_ranks: int, num_micro_batches: int) -> Order:
-    """P-1-rank forwards, then forward and backward in turn, then what is left (arXiv:2104.04473 §2.2.1)."""
+    """P-1-rank forwards, then forward and backward in turn, then what is left (arXiv:2104.04473 §2.2.1). With
+    fewer micro-batches all of them go forward first (Megatron Core, pipeline_parallel/schedules.py)."""
     order = _OrderWriter()
-    num_warmup = num_ranks - 1 - rank
+    num_warmup = min(num_ranks - 1 - rank, num_micro_batches)
     for _ in range(num_warmup):
         order.forward(rank)
     for _ in range(num_micro_batches - num_warmup):

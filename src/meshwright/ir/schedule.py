@@ -129,12 +129,15 @@ MAX_FORWARDS = 2**17
 def require_buildable(
     name: ScheduleName, num_ranks: int, num_micro_batches: int, chunks_per_rank: int | None = None
 ) -> None:
-    """Refuse what PyTorch refuses, without building anything.
+    """Refuse what has no order, without building anything.
+
+    PyTorch refuses the same, and 1F1B with fewer micro-batches than ranks besides, which Megatron and
+    DeepSpeed run (see `verify`).
 
     Raises InputError: `policy.schedule` for an unknown name; `layout.pp` below one rank; `layout.vpp` where
     GPipe and 1F1B are given more than one chunk a rank, V schedules other than two; and
-    `workload.global_batch_size`, its value counted in micro-batches, where 1F1B has m < P, DualPipeV m < 2P,
-    or interleaving has an m that does not split into ⌊m/P⌋ equal rounds.
+    `workload.global_batch_size`, its value counted in micro-batches, where DualPipeV has m < 2P, or
+    interleaving has an m that does not split into ⌊m/P⌋ equal rounds.
     """
     if name not in SCHEDULES:
         raise InputError("policy.schedule", name, "not a pipeline schedule", SCHEDULES)
@@ -156,7 +159,7 @@ def require_buildable(
 
 def _require_micro_batches(name: ScheduleName, num_ranks: int, num_micro_batches: int) -> None:
     key = "workload.global_batch_size"
-    fewest = {"1F1B": num_ranks, "DualPipeV": 2 * num_ranks}.get(name, 1)
+    fewest = {"DualPipeV": 2 * num_ranks}.get(name, 1)
     if num_micro_batches < fewest:
         rule = f"counted in micro-batches, {name} over {num_ranks} ranks needs at least {fewest}"
         raise InputError(key, num_micro_batches, rule, (fewest,))
