@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,18 +13,12 @@ from meshwright.errors import MeshwrightError
 from meshwright.validate.described import Run, describe
 from meshwright.validate.footprint import memory_bytes
 from meshwright.validate.predict import Prepared, predicted, prepare, step_times
+from meshwright.validate.progress import Progress, unheard
 from meshwright.validate.refusal import Refusal
 from meshwright.validate.rows import Row, read_rows
 from meshwright.validate.score import Prediction, Scored, score
 
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and how much there is."""
-
 UNPRICED = "plan: cannot be priced"
-
-
-def unheard(what: str, done: int, of: int) -> None:
-    """Progress that nobody watches."""
 
 
 @dataclass(frozen=True)

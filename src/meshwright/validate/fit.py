@@ -8,15 +8,16 @@ weight, and so do groups, so that a source with many rows does not decide alone.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, log
+from math import log
 from typing import Any
 
 import numpy as np
 
 from meshwright.cost.constants import Constants
 from meshwright.validate.predict import Prepared, error_of
+from meshwright.validate.progress import Progress, unheard
 
 Array = Any
 
@@ -48,8 +49,10 @@ _SHARP = 0.05
 """Residuals below this count squared, above it by their size."""
 _STEP = 0.1
 _LONGEST = 0.7
-FRESH = 6
-"""Iterations that take derivatives anew; later ones only converge."""
+ITERATIONS, FRESH = 12, 6
+"""Iterations of a fit, and those that take derivatives anew; later ones only converge."""
+FOLD_ITERATIONS = 6
+"""Iterations without a fold, from the fit of the whole."""
 EFA_SHARE = 0.25
 """Weight of rows over EFA: their expert libraries stand in for NVIDIA's and differ by a factor of two."""
 
@@ -77,49 +80,73 @@ def weights(rows: Sequence[Prepared]) -> Array:
 def fit(
     rows: Sequence[Prepared],
     base: Constants,
-    iterations: int = 12,
-    start: Fitted | None = None,
-    progress: Callable[[str], None] = lambda text: None,
+    iterations: int = ITERATIONS,
+    progress: Progress = unheard,
 ) -> Fitted:
-    """Fit the constants to rows that have a measured time.
-
-    Derivatives are taken anew in the first FRESH iterations. With `start`, its derivatives are kept and only
-    the values move: cheap, and good enough for a subset.
-    """
-    names = list(STARTS)
-    centre = np.array([_encoded(name, STARTS[name][0]) for name in names])
-    width = np.array([STARTS[name][1] for name in names])
-    x = centre if start is None else np.array([_encoded(n, start.values[n]) for n in names])
-    share = weights(rows)
-    share = share / share.mean()
-    jacobian: Array = None if start is None else start.jacobian
+    """Fit the constants to rows that have a measured time. Derivatives are taken anew in the first FRESH
+    iterations."""
+    centre, width = _starts()
+    names, x, share = list(STARTS), centre, _shares(rows)
+    jacobian: Array = None
     for iteration in range(iterations):
-        errors = _errors(rows, base, names, x)
-        progress(f"iteration {iteration + 1}: mean error {np.mean(np.abs(np.expm1(errors))):.1%}")
-        if start is None and iteration < FRESH:
-            jacobian = _derivatives(rows, base, names, x, errors)
-        weight = share / np.maximum(np.abs(errors), _SHARP)
-        pull = PULL / width**2
-        curvature = jacobian.T @ (weight[:, None] * jacobian) + np.diag(pull)
-        slope = jacobian.T @ (weight * errors) + pull * (x - centre)
-        x = x - np.clip(np.linalg.solve(curvature, slope), -_LONGEST, _LONGEST)
-    return Fitted({name: _decoded(name, value) for name, value in zip(names, x, strict=True)}, jacobian)
+        if iteration < FRESH:  # the point itself, and one step along each constant
+            points = x[:, None] + _STEP * np.eye(len(x), len(x) + 1, k=1)
+            found = _errors(rows, base, points, _told(progress, iteration, iterations))
+            errors, jacobian = found[:, 0], (found[:, 1:] - found[:, :1]) / _STEP
+        else:
+            errors = _errors(rows, base, x[:, None], _told(progress, iteration, iterations))[:, 0]
+        x = x + _move(x - centre, width, errors, jacobian, share)
+    return Fitted(
+        {name: float(_decoded(name, value)) for name, value in zip(names, x, strict=True)}, jacobian
+    )
 
 
-def _errors(rows: Sequence[Prepared], base: Constants, names: Sequence[str], x: Array) -> Array:
-    values = base.changed({name: _decoded(name, value) for name, value in zip(names, x, strict=True)})
-    return np.array([error_of(row, values) for row in rows])
+def _told(progress: Progress, iteration: int, iterations: int) -> Progress:
+    return lambda what, done, of: progress(what, iteration * of + done, iterations * of)
 
 
-def _derivatives(
-    rows: Sequence[Prepared], base: Constants, names: Sequence[str], x: Array, errors: Array
-) -> Array:
-    columns = []
-    for index in range(len(names)):
-        moved = x.copy()
-        moved[index] += _STEP
-        columns.append((_errors(rows, base, names, moved) - errors) / _STEP)
-    return np.stack(columns, axis=1)
+def _move(offset: Array, width: Array, errors: Array, jacobian: Array, share: Array) -> Array:
+    """One Gauss-Newton step; `offset` is how far the values lie from where they start."""
+    weight = share / np.maximum(np.abs(errors), _SHARP)
+    pull = PULL / width**2
+    curvature = jacobian.T @ (weight[:, None] * jacobian) + np.diag(pull)
+    slope = jacobian.T @ (weight * errors) + pull * offset
+    return -np.clip(np.linalg.solve(curvature, slope), -_LONGEST, _LONGEST)
+
+
+def _starts() -> tuple[Array, Array]:
+    """The starting values, encoded, and how far each may lie from it."""
+    centre = np.array([_encoded(name, value) for name, (value, _) in STARTS.items()])
+    return centre, np.array([width for _, width in STARTS.values()])
+
+
+def _shares(rows: Sequence[Prepared]) -> Array:
+    share = weights(rows)
+    return share / share.mean()
+
+
+def _errors(rows: Sequence[Prepared], base: Constants, points: Array, progress: Progress) -> Array:
+    """Log errors by row and point; `points` holds encoded values by constant and point."""
+    values = at_points(base, points)
+    found = []
+    for index, row in enumerate(rows):
+        progress("constants fitted", index, len(rows))
+        found.append(np.broadcast_to(error_of(row, values), points.shape[1:]))
+    return np.stack(found)
+
+
+def at_points(base: Constants, points: Array) -> Constants:
+    """Constants whose fitted values are arrays, one element a point."""
+    changed = base
+    for name, at in zip(STARTS, points, strict=True):
+        field, _, key = name.partition(".")
+        entry, values = getattr(changed, field), {"value": _decoded(name, at)}
+        if key:
+            replaced: object = {**entry, key: entry[key].model_copy(update=values)}
+        else:
+            replaced = entry.model_copy(update=values)
+        changed = changed.model_copy(update={field: replaced})
+    return changed
 
 
 def _is_share(name: str) -> bool:
@@ -130,8 +157,8 @@ def _encoded(name: str, value: float) -> float:
     return log(value / (1 - value)) if _is_share(name) else log(value)
 
 
-def _decoded(name: str, x: float) -> float:
-    return 1 / (1 + exp(-x)) if _is_share(name) else exp(x)
+def _decoded(name: str, x: Array) -> Array:
+    return 1 / (1 + np.exp(-x)) if _is_share(name) else np.exp(x)
 
 
 def folds(rows: Sequence[Prepared], count: int = 10) -> list[list[int]]:
@@ -147,19 +174,41 @@ def folds(rows: Sequence[Prepared], count: int = 10) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class HeldBack:
-    """Constants fitted without one fold, and the rows of that fold."""
+    """Constants fitted without one fold, and the rows of that fold with their log errors under them."""
 
     rows: list[int]
     values: dict[str, float]
+    errors: Array
 
 
-def cross_validated(rows: Sequence[Prepared], base: Constants, whole: Fitted) -> list[HeldBack]:
-    """Constants for each fold of recipes, fitted on all the others, starting from the fit of the whole."""
-    found = []
-    for part in folds(rows):
-        held = set(part)
-        kept = [index for index in range(len(rows)) if index not in held]
-        start = Fitted(whole.values, whole.jacobian[kept])
-        values = fit([rows[index] for index in kept], base, iterations=6, start=start).values
-        found.append(HeldBack(part, values))
-    return found
+def cross_validated(
+    rows: Sequence[Prepared], base: Constants, whole: Fitted, progress: Progress = unheard
+) -> list[HeldBack]:
+    """Constants for each fold of recipes, fitted on all the others, starting from the fit of the whole.
+
+    All folds move in step, so that one pass over the rows serves them all; the derivatives are those of the
+    whole.
+    """
+    parts = [part for part in folds(rows) if part]
+    centre, width = _starts()
+    first = np.array([_encoded(name, whole.values[name]) for name in STARTS])
+    points = np.repeat(first[:, None], len(parts), axis=1)
+    kept = [np.setdiff1d(np.arange(len(rows)), part) for part in parts]
+    shares = [_shares([rows[index] for index in own]) for own in kept]
+    for iteration in range(FOLD_ITERATIONS + 1):
+        errors = _errors(rows, base, points, _told(progress, iteration, FOLD_ITERATIONS + 1))
+        if iteration == FOLD_ITERATIONS:
+            break
+        moves = [
+            _move(points[:, k] - centre, width, errors[own, k], whole.jacobian[own], share)
+            for k, (own, share) in enumerate(zip(kept, shares, strict=True))
+        ]
+        points = points + np.stack(moves, axis=1)
+    return [
+        HeldBack(
+            part,
+            {n: float(_decoded(n, x)) for n, x in zip(STARTS, points[:, k], strict=True)},
+            errors[part, k],
+        )
+        for k, part in enumerate(parts)
+    ]

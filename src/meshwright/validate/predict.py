@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import exp, log, sqrt
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.cost.constants import Constants
-from meshwright.planner.estimate import Measured, compose, measure
+from meshwright.planner.estimate import Measured, compose_parts, measure
 from meshwright.planner.interval import half_width_of
 from meshwright.planner.prices import Conditions, prices
 from meshwright.validate.described import Run
@@ -63,25 +63,25 @@ def prepare(run: Run) -> Prepared:
     return Prepared(run, stated, tuple(measured))
 
 
-def step_times(prepared: Prepared, values: Constants | None = None) -> list[float]:
-    """Seconds of a step of every priced candidate, under given constants."""
+def step_times(prepared: Prepared, values: Constants | None = None) -> Array:
+    """Seconds of a step by priced candidate and set of constants: one set, unless their values are arrays."""
     times = []
     for measured in prepared.measured:
         plan = measured.plan
         priced = prices(
             plan.cluster, plan.workload.precision, plan.policy.engine, prepared.conditions, values
         )
-        times.append(compose(measured, priced).total_s)
-    return times
+        times.append(compose_parts(measured, priced).total_s)
+    return np.stack(np.broadcast_arrays(*times))
 
 
-def log_time(prepared: Prepared, values: Constants | None = None) -> float:
-    """Natural logarithm of the median candidate's step time."""
-    return float(np.median(np.log(step_times(prepared, values))))
+def log_time(prepared: Prepared, values: Constants | None = None) -> Array:
+    """Natural logarithm of the median candidate's step time, by set of constants."""
+    return np.median(np.log(step_times(prepared, values)), axis=0)
 
 
 def predicted(
-    run: Run, times: Sequence[float], memory_bytes: int | None, half_width: float | None = None
+    run: Run, times: Array, memory_bytes: int | None, half_width: float | None = None
 ) -> Prediction:
     """A run's prediction from its candidates' step times: the median, and an interval that is as wide as the
     residuals of its group and the spread of the candidates together (independent, in logarithms)."""
@@ -96,7 +96,7 @@ def predicted(
     return Prediction(run.id, exp(centre), exp(centre - width), exp(centre + width), memory_bytes, words)
 
 
-def error_of(prepared: Prepared, values: Constants | None = None) -> float:
-    """Logarithm of predicted over measured time. The run must have a measured time."""
+def error_of(prepared: Prepared, values: Constants | None = None) -> Array:
+    """Logarithm of predicted over measured time, by set of constants. The run must have a measured time."""
     assert prepared.run.measured_s is not None
     return log_time(prepared, values) - log(prepared.run.measured_s)
