@@ -50,7 +50,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(arguments) == 0
         out, err = capsys.readouterr()
         assert err == ""
-        for command in ("audit", "groups", "schema"):
+        for command in ("audit", "groups", "plan", "validate", "schema"):
             assert f"\n  {command} " in out
         assert "completion" not in out
 
@@ -77,6 +77,10 @@ sys.exit(code)
         (["groups", "FILE"], {"torch", "numpy"}),
         (["groups", "FILE", "--rank", "3"], {"torch", "numpy"}),
         (["groups", "FILE", "--json"], {"torch", "numpy", "rich"}),
+        (
+            ["plan", "FILE", "--json", "--set", "workload={global_batch_size: 8, sequence_length: 64}"],
+            {"torch", "rich"},
+        ),
     ],
 )
 def test_commands_load_only_what_they_need(arguments: list[str], unwanted: set[str], file: str) -> None:

@@ -186,7 +186,9 @@ def plan(
     )
     with progress_bar() as progress:
         result = answered(request, progress)
-    if output is not None:
+    if output is not None and result.answer.best is None:
+        say(f"note: no plan fits, so {output} is not written")
+    elif output is not None:
         result.write(output)
 
     def show(console: Console) -> None:
