@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 
 from meshwright.cost.constants import constants, generation_of
+from meshwright.cost.memory import memory, worst
+from meshwright.cost.routing import fullest_rank
 from meshwright.deployment import Deployment
 from meshwright.engines import engines
 from meshwright.eras import era_of, eras
 from meshwright.errors import InputError
 from meshwright.files import decode
-from meshwright.ir.program import model_flops
+from meshwright.ir.program import lower, model_flops
 from meshwright.plan import Plan, resolve
 from meshwright.planner.estimate import StepTime, compose, estimate, measure
 from meshwright.planner.prices import Conditions, prices
-from meshwright.planner.routing import fanout_of, fullest_rank
+from meshwright.planner.routing import fanout_of
 from meshwright.workload import Lognormal, RoutingCounts, Zipf
 
 DENSE = {
@@ -105,6 +107,23 @@ def test_uneven_routing_costs_time() -> None:
     even = estimate(plan(layout={"ep": 16})).total_s
     skewed = estimate(plan(layout={"ep": 16}, workload={"routing": {"zipf": 1.0}})).total_s
     assert skewed > 1.02 * even
+
+
+def test_the_fullest_expert_rank_holds_more() -> None:
+    """Zipf 1 over 16 ranks: what is kept of routed tokens grows by the load, and nothing else does."""
+    even, skewed = plan(layout={"ep": 16}), plan(layout={"ep": 16}, workload={"routing": {"zipf": 1.0}})
+    load = fullest_rank(Zipf(zipf=1.0), 32, 16)
+    routed = sum(
+        size
+        for block in lower(even).stages[0].blocks
+        for name, (size, _) in block.saved.items()
+        if ".moe.dispatched" in name
+        or ".moe.experts." in name
+        or ".moe.sort" in name
+        or ".moe.unsort" in name
+    )
+    more = [worst(memory(lower(p))).line("activations") for p in (even, skewed)]
+    assert more[1] - more[0] == pytest.approx((load - 1) * routed, rel=1e-6)
 
 
 def test_what_overlaps_shows_less() -> None:

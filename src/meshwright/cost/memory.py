@@ -21,6 +21,7 @@ from meshwright.cost.parts import (
     states,
 )
 from meshwright.cost.rank import CONTEXT, SLACK, RankContent, fixed_lines
+from meshwright.cost.routing import described_load
 from meshwright.ir.holding import Holding, holding, sum_of_kinds
 from meshwright.ir.in_flight import peak_of_rank
 from meshwright.ir.parameters import Param
@@ -108,6 +109,8 @@ class _Blocks:
         self.setting = Setting.of(program.plan)
         self.bytes: dict[object, BlockBytes] = {}
         self.holdings = holdings(program.plan)
+        plan = program.plan
+        self.load = described_load(plan.model, plan.workload.routing, plan.layout.ep)
 
     def kind(self, name: str) -> object:
         """What a block's bytes and a parameter's owner depend on: the kind of a layer, or the name."""
@@ -122,7 +125,7 @@ class _Blocks:
             self.bytes[kind] = (
                 head_bytes(block, self.setting, plan.layout.tp)
                 if block.name == "head"
-                else block_bytes(block, plan.workload.compute_bytes)
+                else block_bytes(block, plan.workload.compute_bytes, self.load)
             )
         return self.bytes[kind]
 

@@ -5,7 +5,7 @@ One plan (`cost/memory.py`) and a search over many layouts read the same functio
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -140,22 +140,38 @@ class BlockBytes:
     weights: int
 
 
-def block_bytes(block: LoweredBlock, element_bytes: int) -> BlockBytes:
-    """The bytes of a lowered block."""
-    saved = block.saved_bytes
+ROUTED = (".moe.dispatched", ".moe.experts.", ".moe.sort", ".moe.unsort")
+"""Tensors and ops of tokens that have reached their experts: the fullest rank has more of them."""
+
+
+def _is_routed(name: str) -> bool:
+    return any(part in name for part in ROUTED)
+
+
+def _loaded(tensors: Mapping[str, tuple[int, bool]], load: float) -> int:
+    """Bytes of all tensors, those of routed tokens times the load."""
+    routed = sum(size for name, (size, _) in tensors.items() if _is_routed(name))
+    return sum(size for size, _ in tensors.values()) + rounded((load - 1) * routed)
+
+
+def block_bytes(block: LoweredBlock, element_bytes: int, load: float = 1.0) -> BlockBytes:
+    """The bytes of a lowered block on the rank whose experts take `load` times the mean of tokens."""
+    saved = _loaded(block.saved, load)
+    kept = {name: tensor for name, tensor in block.saved.items() if tensor[1]}
     gradients = exchanged = weights = 0
     for task in block.tasks:
         if isinstance(task, ComputeTask):
             if task.phase == "forward":
-                gradients = larger(gradients, _op_gradient_bytes(task, element_bytes))
+                more = load if _is_routed(task.name) else 1.0
+                gradients = larger(gradients, rounded(more * _op_gradient_bytes(task, element_bytes)))
                 weights += prod(task.sizes[-2:]) if task.kind in MATMULS else 0
         elif task.axis in ("ep", "etp"):
-            exchanged = larger(exchanged, task.bytes * (task.num_ranks > 1))
+            exchanged = larger(exchanged, rounded(load * task.bytes) * (task.num_ranks > 1))
     return BlockBytes(
         saved=saved,
         logits=sum(size for name, (size, _) in block.saved.items() if name in LOGITS),
-        deferred=block.deferred_bytes,
-        remade=larger(0, sum(size for size, _ in block.saved_without_recompute.values()) - saved),
+        deferred=block.deferred_bytes + _loaded(kept, load) - _loaded(kept, 1.0),
+        remade=larger(0, _loaded(block.saved_without_recompute, load) - saved),
         gradients=gradients,
         exchanged=exchanged,
         weights=weights,

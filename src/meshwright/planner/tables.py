@@ -219,16 +219,17 @@ class Tables:
         found = {one: _Entries(self._seconds(rows, lowered, one, bool(traffic)), {}) for one in family}
         if self.needs_bytes and not traffic:
             tp: Any = rows.tp
-            size = {level: self._bytes(one, tp) for level, one in lowered.items()}
+            load = self._loads[np.searchsorted(self._loaded, rows.ep)]
+            size = {level: self._bytes(one, tp, load) for level, one in lowered.items()}
             for entries in found.values():
                 entries.bytes.update(size)
         return found
 
-    def _bytes(self, block: LoweredBlock, tp: int) -> BlockBytes:
+    def _bytes(self, block: LoweredBlock, tp: int, load: float) -> BlockBytes:
         space = self.space
         if block.name == "head":
             return head_bytes(block, Setting(space.engine, space.workload, 0, 1), tp)
-        return block_bytes(block, space.workload.compute_bytes)
+        return block_bytes(block, space.workload.compute_bytes, load)
 
     def _seconds(
         self, rows: Bases, lowered: dict[Recompute, LoweredBlock], dispatcher: Dispatcher, with_dp: bool
