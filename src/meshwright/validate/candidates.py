@@ -79,17 +79,16 @@ def _fitting(candidates: list[Candidate]) -> list[Candidate]:
     """
     if len(candidates) < 2:
         return candidates
-    fits: dict[str, bool] = {}
+    fits: dict[object, bool] = {}
     kept = []
     for candidate in candidates:
         plan = candidate.plan
         same = plan.policy.model_copy(update={"dispatcher": "alltoall", "expert_overlap": False})
-        alike = plan.model_copy(update={"policy": same})
-        if alike.digest not in fits:
-            fits[alike.digest] = (
-                worst(memory(lower(alike))).total_bytes <= FULL_SHARE * plan.cluster.gpu.memory
-            )
-        if fits[alike.digest]:
+        alike = (plan.layout, same, plan.workload.global_batch_size)
+        if alike not in fits:
+            needed = worst(memory(lower(plan.model_copy(update={"policy": same})))).total_bytes
+            fits[alike] = needed <= FULL_SHARE * plan.cluster.gpu.memory
+        if fits[alike]:
             kept.append(candidate)
     return kept
 
