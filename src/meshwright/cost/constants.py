@@ -49,8 +49,9 @@ class Constants(Noun):
     of a dense block, of one in the software of 2021 (`early`), of a block with experts whose sizes come back
     from the GPU, and from a captured graph. `hidden`: shares of communication that run beside compute where
     an era overlaps it. `fp8_cast`: how much of what casting to fp8 takes alone shows inside a step.
-    `network`: slowdown of links that leave a node. `step`: seconds per step outside the model.
-    `natural_routing`: load of the fullest rank over the mean where routing is real and not described.
+    `network`: slowdown of links that leave a node; `efa`: of the experts' exchange over EFA on top. `step`:
+    seconds per step outside the model. `natural_routing`: load of the fullest rank over the mean where
+    routing is real and not described.
     """
 
     slowdown: Mapping[str, Constant]
@@ -60,6 +61,7 @@ class Constants(Noun):
     hidden: Mapping[str, Constant]
     fp8_cast: Constant
     network: Constant
+    efa: Constant
     step: Constant
     natural_routing: Constant
 

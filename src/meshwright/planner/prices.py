@@ -53,6 +53,7 @@ class Prices:
     memory: float
     attention: float
     network: float
+    exchange: float
     host: str
     graphs: GraphScope
     static_experts: bool
@@ -69,9 +70,10 @@ class Prices:
     def hidden(self, what: str) -> float:
         """Share of a kind of communication that runs beside compute: 0 where nothing overlaps it.
 
-        The exchange of context parallelism hides as well as that of tensor parallelism.
+        The exchange of context parallelism and the sends of a pipeline hide as well as what tensor
+        parallelism sends: no run tells them apart.
         """
-        name = "tensor" if what == "context" else what
+        name = "tensor" if what in ("context", "pipeline") else what
         return self.constants.hidden[name].value if self.overlap.get(what, False) else 0.0
 
 
@@ -105,6 +107,7 @@ def prices(
         memory=1.0 if flat else fitted.memory.value,
         attention=era.attention_slowdown(generation),
         network=fitted.network.value,
+        exchange=fitted.efa.value if any(link.kind == "efa" for link in cluster.links) else 1.0,
         host="dense" if era.host is None else era.host.value,
         graphs=stated.graphs or ("partial" if era.launches_graphs(cluster.gpu.name) else "none"),
         static_experts=stated.static_experts,

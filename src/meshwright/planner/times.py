@@ -177,7 +177,8 @@ def compute_in_step(kernels: PhaseParts, prices: Prices) -> Array:
 
 def comm_in_step(seconds: Mapping[str, Array], axis: str, prices: Prices) -> Array:
     """Seconds of communication along an axis inside a step: links between nodes are shared."""
-    return seconds[axis] + prices.network * seconds[outside(axis)]
+    shared = prices.network * (prices.exchange if axis == "ep" else 1.0)
+    return seconds[axis] + shared * seconds[outside(axis)]
 
 
 def exposed(comm_s: Array, compute_s: Array, hidden: Array) -> Array:

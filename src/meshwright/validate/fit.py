@@ -38,6 +38,7 @@ STARTS: dict[str, tuple[float, float]] = {
     "hidden.expert": (0.6, 1.0),
     "fp8_cast": (0.4, 0.5),
     "network": (1.1, 0.2),
+    "efa": (1.5, 0.5),
     "step": (20e-3, 0.7),
 }
 """Starting value of each fitted constant, and how far it may reasonably lie from it (in its logarithm or
@@ -51,8 +52,8 @@ _STEP = 0.1
 _LONGEST = 0.7
 ITERATIONS, FRESH = 12, 6
 """Iterations of a fit, and those that take derivatives anew; later ones only converge."""
-FOLD_ITERATIONS = 6
-"""Iterations without a fold, from the fit of the whole."""
+FOLDS, FOLD_ITERATIONS = 10, 6
+"""Parts that recipes are held back in, and iterations without one, from the fit of the whole."""
 EFA_SHARE = 0.25
 """Weight of rows over EFA: their expert libraries stand in for NVIDIA's and differ by a factor of two."""
 
@@ -149,19 +150,20 @@ def at_points(base: Constants, points: Array) -> Constants:
     return changed
 
 
-def _is_share(name: str) -> bool:
+def is_share(name: str) -> bool:
+    """Whether a constant lies between 0 and 1, so that its logit is fitted and not its logarithm."""
     return name.startswith("hidden.")
 
 
 def _encoded(name: str, value: float) -> float:
-    return log(value / (1 - value)) if _is_share(name) else log(value)
+    return log(value / (1 - value)) if is_share(name) else log(value)
 
 
 def _decoded(name: str, x: Array) -> Array:
-    return 1 / (1 + np.exp(-x)) if _is_share(name) else np.exp(x)
+    return 1 / (1 + np.exp(-x)) if is_share(name) else np.exp(x)
 
 
-def folds(rows: Sequence[Prepared], count: int = 10) -> list[list[int]]:
+def folds(rows: Sequence[Prepared], count: int = FOLDS) -> list[list[int]]:
     """Rows by fold: whole recipes, the largest first, each to the fold that has fewest rows so far."""
     recipes: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
