@@ -83,7 +83,7 @@ class _Batch:
     bounds: Array
 
 
-class _Points:
+class Points:
     """All candidates that fit, one after the other in the order of the space; `seconds` where priced."""
 
     def __init__(self, batches: list[_Batch]) -> None:
@@ -135,12 +135,13 @@ class Search:
         self._fastest = np.full(MEMORY_STEPS + 1, np.inf)
         self._best = np.full(wanted, np.inf)
         self._nearest: Priced | None = None
+        self.points = Points([])
 
     def run(self) -> Found:
-        """Search the space."""
+        """Search the space. `points` then holds all that fits, priced or not."""
         wall, cpu = time.perf_counter(), time.process_time()
         legal = self.space.legal
-        points = _Points(list(self._fitting()))
+        self.points = points = Points(list(self._fitting()))
         self._price_what_counts(points)
         self.report(1.0)
         known = np.flatnonzero(np.isfinite(points.seconds))
@@ -201,7 +202,7 @@ class Search:
             found = Candidate(pipeline, choice, int(rows[least]))
             self._nearest = Priced(found, float("inf"), int(used[least]))
 
-    def _price_what_counts(self, points: _Points) -> None:
+    def _price_what_counts(self, points: Points) -> None:
         """Price the lowest bounds, then all that could be among the best or within reach, then all that could
         be the fastest at its memory."""
         if self.at_least is None or len(points) <= max(self.at_least, FIRST):
@@ -229,11 +230,11 @@ class Search:
         """A bound above this is of no interest: of the best so far, and of what is within reach of them."""
         return max(float(self._best[-1]), float(self._best[0]) * self.reach)
 
-    def _price(self, points: _Points, chosen: Array) -> None:
+    def _price(self, points: Points, chosen: Array) -> None:
         for batch, positions in points.by_batch(chosen):
             self._price_of(points, batch, positions)
 
-    def _price_of(self, points: _Points, batch: _Batch, positions: Array) -> None:
+    def _price_of(self, points: Points, batch: _Batch, positions: Array) -> None:
         """Price points of one batch; keep the best times, and the fastest at each step of memory."""
         if not len(positions):
             return
@@ -247,14 +248,14 @@ class Search:
     def _steps(self, used: Array) -> Array:
         return np.ceil(used / self.step_bytes).astype(np.int64)
 
-    def _front(self, points: _Points, ordered: Array) -> Array:
+    def _front(self, points: Points, ordered: Array) -> Array:
         """Of candidates from the fastest on, those that need fewer steps of memory than all before them."""
         steps = self._steps(points.bytes[ordered])
         least = np.minimum.accumulate(np.concatenate([[MEMORY_STEPS + 1], steps]))[:-1]
         return ordered[steps < least]
 
 
-def _unpriced(points: _Points, wanted: Array) -> Array:
+def _unpriced(points: Points, wanted: Array) -> Array:
     return np.flatnonzero(wanted & ~np.isfinite(points.seconds))
 
 
