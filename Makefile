@@ -59,8 +59,9 @@ docs: $(FULL)  ## write the generated pages anew and build the site into site/
 	$(BIN)/python tools/brief_audit.py
 	$(BIN)/mkdocs build --strict
 
-bench: $(FULL)  ## how long the commands take to start
+bench: $(FULL)  ## how long the commands take to start, and how fast layouts are searched
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/search.py
 
 clean:  ## remove what was built; .venv stays
 	rm -rf site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
