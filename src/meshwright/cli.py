@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from meshwright.deployment import Deployment, Placement, PlacementT
+    from meshwright.validate.answer import Validation
     from meshwright.verify import Finding
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports a writer that lost its reader
@@ -205,14 +206,23 @@ def validate(
     full: Annotated[bool, typer.Option("--full", help="Show every row and every refusal.")] = False,
     as_json: Json = False,
     output: Output = None,
+    cross_validate: Annotated[
+        bool,
+        typer.Option("--cross-validate", help="Predict each row by constants fitted without its recipe."),
+    ] = False,
+    fit: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Fit the constants and write them there; cross-validates."),
+    ] = None,
+    residuals: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write the widths of the 80 % intervals there; cross-validates."),
+    ] = None,
 ) -> None:
     """Predict measured runs, and score step time, ranking and memory."""
-    from meshwright.terminal.progress import progress_bar
-    from meshwright.validate.answer import read_table, validated
-
-    guard_input(file, output)
-    with progress_bar() as progress:
-        validation = validated(read_table(file, progress))
+    for flag, path in (("--output", output), ("--fit", fit), ("--residuals", residuals)):
+        guard_input(file, path, flag)
+    validation = _validation(file, cross_validate, fit, residuals)
 
     def show(console: Console) -> None:
         from meshwright.terminal.validate import show_validation
@@ -220,6 +230,27 @@ def validate(
         show_validation(validation, console, full)
 
     present(lambda: validation.document, show, as_json, output)
+
+
+def _validation(file: str, cross_validate: bool, fit: str | None, residuals: str | None) -> Validation:
+    """Predictions of a table; the fit's files are written where they are asked for."""
+    from meshwright.terminal.progress import progress_bar
+    from meshwright.validate.answer import read_table, validated
+
+    with progress_bar() as progress:
+        table = read_table(file, progress)
+        if not (cross_validate or fit or residuals):
+            return validated(table)
+        from meshwright.cost.constants import constants
+        from meshwright.files import write_text
+        from meshwright.validate.refit import constants_text, refit, residuals_text
+
+        fitted = refit(table, constants(), progress)
+        if fit is not None:
+            write_text(fit, constants_text(fitted.constants()))
+        if residuals is not None:
+            write_text(residuals, residuals_text(fitted.residuals()))
+        return fitted.validation()
 
 
 @app.command()

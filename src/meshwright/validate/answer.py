@@ -38,6 +38,7 @@ class Priced:
 class Table:
     """Every row of a file: the runs that can be predicted, and why the others cannot."""
 
+    name: str
     priced: tuple[Priced, ...]
     refusals: tuple[Refusal, ...]
 
@@ -74,11 +75,11 @@ class Validation:
 
 def read_table(path: str | Path, progress: Progress = unheard) -> Table:
     """Read a table of runs and price each by curves. Raises InputError when the file is none."""
-    return table_of(read_rows(path), progress)
+    return table_of(str(path), read_rows(path), progress)
 
 
-def table_of(rows: Sequence[Row], progress: Progress = unheard) -> Table:
-    """Price each row by curves."""
+def table_of(name: str, rows: Sequence[Row], progress: Progress = unheard) -> Table:
+    """Price each row by curves; `name` is what messages call the table."""
     priced: list[Priced] = []
     refusals: list[Refusal] = []
     for index, row in enumerate(rows):
@@ -89,7 +90,7 @@ def table_of(rows: Sequence[Row], progress: Progress = unheard) -> Table:
         else:
             priced.append(one)
     progress("rows priced", len(rows), len(rows))
-    return Table(tuple(priced), tuple(refusals))
+    return Table(name, tuple(priced), tuple(refusals))
 
 
 def price(row: Row) -> Priced | Refusal:

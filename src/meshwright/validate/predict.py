@@ -88,12 +88,17 @@ def predicted(
     logs = np.log(times)
     centre = float(np.median(logs))
     width = half_width_of(run.group) if half_width is None else half_width
-    width = sqrt(width**2 + (_SPREAD_80 * float(np.std(logs))) ** 2)
+    width = sqrt(width**2 + spread(times) ** 2)
     open_ = sorted({name for candidate in run.candidates for name in candidate.assumed})
     words = f"80 % of {run.group} rows lie within a factor {exp(width):.2f}"
     if open_:
         words += f"; not stated: {', '.join(open_)}"
     return Prediction(run.id, exp(centre), exp(centre - width), exp(centre + width), memory_bytes, words)
+
+
+def spread(times: Array) -> float:
+    """What the candidates of a run add to half of its 80 % interval, in logarithms."""
+    return _SPREAD_80 * float(np.std(np.log(times)))
 
 
 def error_of(prepared: Prepared, values: Constants | None = None) -> Array:

@@ -1,0 +1,188 @@
+"""A fit of the constants on a table: how far folds disagree, and what held-back recipes say of each of them.
+
+Every prediction here comes from constants that were fitted without the row's own recipe, and every interval
+from the residuals of other recipes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, sqrt
+from typing import Any
+
+import numpy as np
+
+from meshwright.cost.constants import Constant, Constants
+from meshwright.errors import InputError
+from meshwright.files import to_yaml
+from meshwright.planner.interval import Residual, residuals
+from meshwright.validate.answer import Table, Validation
+from meshwright.validate.described import GROUPS
+from meshwright.validate.fit import STARTS, Fitted, HeldBack, cross_validated, fit, is_share
+from meshwright.validate.predict import Prepared, predicted, spread, step_times
+from meshwright.validate.progress import Progress, unheard
+
+Array = Any
+INSIDE = 0.8
+"""Share of measurements that an interval holds."""
+MOVED = 0.1
+"""Least |d log time / d log constant| of a row that says something of a constant."""
+FEWEST_ROWS, FEWEST_RECIPES = 20, 5
+_UNMOVED = 0.01
+_DIGITS = 4
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Constants fitted on a table, and on each part of it that leaves some recipes out.
+
+    `rows` are the positions of the table's timed runs; `HeldBack.rows` count among them.
+    """
+
+    table: Table
+    base: Constants
+    rows: list[int]
+    whole: Fitted
+    folds: list[HeldBack]
+
+    @cached_property
+    def timed(self) -> list[Prepared]:
+        """The timed runs, in order."""
+        return [self.table.priced[index].prepared for index in self.rows]
+
+    @cached_property
+    def errors(self) -> Array:
+        """Log errors of the timed runs, each under constants that were fitted without its recipe."""
+        found = np.empty(len(self.rows))
+        for fold in self.folds:
+            found[fold.rows] = fold.errors
+        return found
+
+    @cached_property
+    def _spreads(self) -> Array:
+        """What the candidates of the timed runs add to their intervals, under the fit of the whole."""
+        values = self.base.changed(self.whole.values)
+        return np.array([spread(step_times(one, values)) for one in self.timed])
+
+    def constants(self) -> Constants:
+        """The fitted constants, each with the rows and the folds that stand behind it; what no row moves
+        keeps the base's entry."""
+        changed = self.base
+        for index, name in enumerate(STARTS):
+            if np.max(np.abs(self._moves(index))) < _UNMOVED:
+                continue
+            value = float(f"{self.whole.values[name]:.{_DIGITS}g}")
+            update = {"value": value, "source": self._source(name, index)}
+            field, _, key = name.partition(".")
+            entry = getattr(changed, field)
+            new: Constant | Mapping[str, Constant] = (
+                {**entry, key: entry[key].model_copy(update=update)}
+                if key
+                else entry.model_copy(update=update)
+            )
+            changed = changed.model_copy(update={field: new})
+        return changed
+
+    def _moves(self, index: int) -> Array:
+        """d log time / d log constant of the timed runs; shares are fitted as logits."""
+        name = list(STARTS)[index]
+        column = self.whole.jacobian[:, index]
+        return column / (1 - self.whole.values[name]) if is_share(name) else column
+
+    def _source(self, name: str, index: int) -> str:
+        recipes = len({one.run.recipe for one in self.timed})
+        values = [fold.values[name] for fold in self.folds]
+        text = f"fitted to {len(self.rows)} rows of {recipes} recipes with meshwright validate --fit; "
+        text += f"between {min(values):.3g} and {max(values):.3g} over {len(self.folds)} folds; "
+        moved = np.abs(self._moves(index)) > MOVED
+        if not moved.any():
+            return text + "it moves no row by a tenth of its own change"
+        error = np.mean(np.abs(np.expm1(self.errors[moved])))
+        return text + (
+            f"mean error on held-back recipes of the {moved.sum()} rows it moves "
+            f"(|d log t / d log c| > {MOVED:g}): {100 * error:.1f} %"
+        )
+
+    def residuals(self) -> dict[str, Residual]:
+        """Half-widths of the 80 % interval by group; a group without rows keeps the catalogue's."""
+        found = dict(residuals())
+        for group in GROUPS:
+            own = [k for k, one in enumerate(self.timed) if one.run.group == group]
+            if own:
+                width = half_width(self.errors[own], self._spreads[own])
+                found[group] = Residual(half_width=round(width, 3), rows=len(own))
+        return found
+
+    def validation(self) -> Validation:
+        """Every run of the table predicted by constants fitted without its recipe, in an interval as wide as
+        the residuals of the recipes outside its fold. Runs whose recipe is in no fold take the whole fit."""
+        fold_of = {self.timed[k].run.recipe: fold for fold in self.folds for k in fold.rows}
+        values = {id(fold): self.base.changed(fold.values) for fold in self.folds}
+        whole = self.base.changed(self.whole.values)
+        widths = self._widths()
+        found = []
+        for one in self.table.priced:
+            fold = fold_of.get(one.run.recipe)
+            times = step_times(one.prepared, values[id(fold)] if fold else whole)
+            width = widths[id(fold), one.run.group] if fold else None
+            found.append(predicted(one.run, times, one.memory_bytes, width))
+        basis = f"constants fitted without the row's recipe, in {len(self.folds)} folds"
+        return Validation(self.table, tuple(found), basis)
+
+    def _widths(self) -> dict[tuple[int, str], float | None]:
+        """Half-widths by fold and group from all other folds; None where they have no row of the group."""
+        found: dict[tuple[int, str], float | None] = {}
+        for fold in self.folds:
+            held = set(fold.rows)
+            for group in GROUPS:
+                own = [k for k, one in enumerate(self.timed) if one.run.group == group and k not in held]
+                found[id(fold), group] = half_width(self.errors[own], self._spreads[own]) if own else None
+        return found
+
+
+def refit(table: Table, base: Constants, progress: Progress = unheard) -> Refit:
+    """Fit the constants on a table's timed runs, and again without each fold of recipes.
+
+    Raises InputError where there are too few to tell.
+    """
+    rows = table.timed()
+    timed = [table.priced[index].prepared for index in rows]
+    recipes = {one.run.recipe for one in timed}
+    if len(rows) < FEWEST_ROWS or len(recipes) < FEWEST_RECIPES:
+        rule = f"a fit needs at least {FEWEST_ROWS} rows with a step time, of {FEWEST_RECIPES} recipes"
+        raise InputError(table.name, f"{len(rows)} rows of {len(recipes)} recipes", rule)
+    whole = fit(timed, base, progress=progress)
+    return Refit(table, base, rows, whole, cross_validated(timed, base, whole, progress))
+
+
+def half_width(errors: Sequence[float], spreads: Sequence[float]) -> float:
+    """Half of the interval that holds 80 % of some log errors, beside what the spread of a row's candidates
+    adds: the quantile of e² − s² with the correction of (n + 1), under the root.
+
+    A row is inside when |e| ≤ √(w² + s²), so the quantile makes the count right.
+    """
+    squares = np.sort(np.square(errors) - np.square(spreads))
+    place = min(ceil(INSIDE * (len(squares) + 1)), len(squares))
+    return sqrt(max(float(squares[place - 1]), 0.0))
+
+
+_CONSTANTS_HEAD = """\
+# Global constants of the step-time model beyond the kernel and link curves: at most 20.
+# Written by `meshwright validate RUNS.csv --fit FILE`; what begins `assumed:` is no fit.
+"""
+_RESIDUALS_HEAD = """\
+# Half of the 80 % interval of log(predicted / measured) by group of runs, on recipes held back from the fit.
+# Written by `meshwright validate RUNS.csv --residuals FILE`.
+"""
+
+
+def constants_text(values: Constants) -> str:
+    """The file that `cost/constants.py` reads."""
+    return _CONSTANTS_HEAD + to_yaml(values.model_dump(mode="json"))
+
+
+def residuals_text(found: Mapping[str, Residual]) -> str:
+    """The file that `planner/interval.py` reads."""
+    return _RESIDUALS_HEAD + to_yaml({name: entry.model_dump(mode="json") for name, entry in found.items()})
