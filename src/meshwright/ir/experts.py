@@ -96,11 +96,18 @@ def distinct_ranks(num_experts: int, top_k: int, ep: int) -> float:
     return ep * (1 - elsewhere)
 
 
+def _sends_by_rank(shape: Shape) -> bool:
+    """Whether the dispatcher sends a token once to each rank: DeepEP and HybridEP. Their kernels read tokens
+    where they stand and add up what comes back, so that the source neither permutes nor combines
+    (deepseek-ai/DeepEP, README: `dispatch` takes x as it is, `combine` reduces)."""
+    return shape.dispatcher in ("deepep", "hybridep")
+
+
 def _sent(model: Model, shape: Shape) -> Dim:
     """Token copies that leave a stage's ranks: one per chosen expert, or one per distinct rank with the
     dispatchers that send a token once to each rank (DeepEP, HybridEP)."""
     copies = routed_tokens(model, shape)
-    if shape.dispatcher in ("deepep", "hybridep"):
+    if _sends_by_rank(shape):
         share = (
             distinct_ranks(model.num_experts, model.num_experts_per_tok, shape.ep) / model.num_experts_per_tok
         )
@@ -123,7 +130,7 @@ def _dispatch(model: Model, name: str, shape: Shape) -> list[Node]:
         ]
     nodes: list[Node] = [
         Collective(f"{name}.counts", "ep", EXCHANGE, None, (Dim("experts", model.num_experts),), 8),
-        _permute(f"{name}.permute", routed, hidden, unit),
+        *([] if _sends_by_rank(shape) else [_permute(f"{name}.permute", routed, hidden, unit)]),
         Collective(f"{name}.dispatch", "ep", EXCHANGE, EXCHANGE, (_sent(model, shape), hidden), unit),
     ]
     if shape.engine.probs_before_down.value:
@@ -199,7 +206,7 @@ def _combine(model: Model, name: str, shape: Shape) -> list[Node]:
         *_by_local_expert(model, f"{name}.unsort", hidden, shape),
         scatter,
         Collective(f"{name}.combine", "ep", EXCHANGE, EXCHANGE, (_sent(model, shape), hidden), unit),
-        weigh,
+        *([] if _sends_by_rank(shape) and shape.engine.probs_before_down.value else [weigh]),
     ]
 
 
