@@ -84,6 +84,13 @@ class Constants(Noun):
             entry["value"] = value
         return type(self).model_validate(document)
 
+    def replaced(self, name: str, update: Mapping[str, object]) -> Constants:
+        """The same constants with fields of one entry replaced, unchecked: a value may be an array."""
+        field, _, key = name.partition(".")
+        entry = getattr(self, field)
+        new = {**entry, key: entry[key].model_copy(update=update)} if key else entry.model_copy(update=update)
+        return self.model_copy(update={field: new})
+
 
 @cache
 def constants() -> Constants:

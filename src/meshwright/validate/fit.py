@@ -140,13 +140,7 @@ def at_points(base: Constants, points: Array) -> Constants:
     """Constants whose fitted values are arrays, one element a point."""
     changed = base
     for name, at in zip(STARTS, points, strict=True):
-        field, _, key = name.partition(".")
-        entry, values = getattr(changed, field), {"value": _decoded(name, at)}
-        if key:
-            replaced: object = {**entry, key: entry[key].model_copy(update=values)}
-        else:
-            replaced = entry.model_copy(update=values)
-        changed = changed.model_copy(update={field: replaced})
+        changed = changed.replaced(name, {"value": _decoded(name, at)})
     return changed
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.cost.constants import Constant, Constants
+from meshwright.cost.constants import Constants
 from meshwright.errors import InputError
 from meshwright.files import to_yaml
 from meshwright.planner.interval import Residual, residuals
@@ -32,6 +32,26 @@ MOVED = 0.1
 FEWEST_ROWS, FEWEST_RECIPES = 20, 5
 _UNMOVED = 0.01
 _DIGITS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """What folds say of a constant: its range, and the mean error of held-back rows that it moves."""
+
+    low: float
+    high: float
+    folds: int
+    rows: int
+    error: float | None
+
+    def __str__(self) -> str:
+        text = f"between {self.low:.3g} and {self.high:.3g} over {self.folds} folds; "
+        if self.error is None:
+            return text + "it moves no row by a tenth of its own change"
+        return text + (
+            f"mean error on held-back recipes of the {self.rows} rows it moves "
+            f"(|d log t / d log c| > {MOVED:g}): {100 * self.error:.1f} %"
+        )
 
 
 @dataclass(frozen=True)
@@ -69,41 +89,32 @@ class Refit:
     def constants(self) -> Constants:
         """The fitted constants, each with the rows and the folds that stand behind it; what no row moves
         keeps the base's entry."""
+        recipes = len({one.run.recipe for one in self.timed})
+        rows = f"fitted to {len(self.rows)} rows of {recipes} recipes with meshwright validate --fit; "
         changed = self.base
-        for index, name in enumerate(STARTS):
-            if np.max(np.abs(self._moves(index))) < _UNMOVED:
-                continue
+        for name, support in self.supports().items():
             value = float(f"{self.whole.values[name]:.{_DIGITS}g}")
-            update = {"value": value, "source": self._source(name, index)}
-            field, _, key = name.partition(".")
-            entry = getattr(changed, field)
-            new: Constant | Mapping[str, Constant] = (
-                {**entry, key: entry[key].model_copy(update=update)}
-                if key
-                else entry.model_copy(update=update)
-            )
-            changed = changed.model_copy(update={field: new})
+            changed = changed.replaced(name, {"value": value, "source": rows + str(support)})
         return changed
+
+    def supports(self) -> dict[str, Support]:
+        """What stands behind each constant that some row moves."""
+        found = {}
+        for index, name in enumerate(STARTS):
+            moves = np.abs(self._moves(index))
+            if moves.max() < _UNMOVED:
+                continue
+            values = [fold.values[name] for fold in self.folds]
+            errors = np.abs(np.expm1(self.errors[moves > MOVED]))
+            error = float(errors.mean()) if errors.size else None
+            found[name] = Support(min(values), max(values), len(values), errors.size, error)
+        return found
 
     def _moves(self, index: int) -> Array:
         """d log time / d log constant of the timed runs; shares are fitted as logits."""
         name = list(STARTS)[index]
         column = self.whole.jacobian[:, index]
         return column / (1 - self.whole.values[name]) if is_share(name) else column
-
-    def _source(self, name: str, index: int) -> str:
-        recipes = len({one.run.recipe for one in self.timed})
-        values = [fold.values[name] for fold in self.folds]
-        text = f"fitted to {len(self.rows)} rows of {recipes} recipes with meshwright validate --fit; "
-        text += f"between {min(values):.3g} and {max(values):.3g} over {len(self.folds)} folds; "
-        moved = np.abs(self._moves(index)) > MOVED
-        if not moved.any():
-            return text + "it moves no row by a tenth of its own change"
-        error = np.mean(np.abs(np.expm1(self.errors[moved])))
-        return text + (
-            f"mean error on held-back recipes of the {moved.sum()} rows it moves "
-            f"(|d log t / d log c| > {MOVED:g}): {100 * error:.1f} %"
-        )
 
     def residuals(self) -> dict[str, Residual]:
         """Half-widths of the 80 % interval by group; a group without rows keeps the catalogue's."""
