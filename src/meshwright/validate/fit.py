@@ -67,13 +67,13 @@ class Fitted:
 
 
 def weights(rows: Sequence[Prepared]) -> Array:
-    """Weight of each row: (rows of its recipe)^−0.3 times (rows of its group)^−0.3, less over EFA.
+    """Weight of each row: (rows of its recipe)^−0.2 times (rows of its group)^−0.2, less over EFA.
 
     Between one weight a row, which the largest sources decide, and one a recipe, which single rows would.
     """
     recipes = Counter(row.run.recipe for row in rows)
     groups = Counter(row.run.group for row in rows)
-    even = [(groups[row.run.group] * recipes[row.run.recipe]) ** -0.3 for row in rows]
+    even = [(groups[row.run.group] * recipes[row.run.recipe]) ** -0.2 for row in rows]
     efa = [EFA_SHARE if row.run.group == "moe_efa" else 1.0 for row in rows]
     return np.array(even) * np.array(efa)
 
