@@ -83,7 +83,7 @@ class Pricing:
         for at, sends in zip(self.lengths, self._sends, strict=True):
             if not at.share:
                 continue
-            work = at.tables.seconds(self.pp, choice, rows).sum(axis=0)
+            work = at.tables.work(self.pp, choice, rows)
             sent = shown_sends(self.priced, pipeline.vpp) * sends[rows]
             weighed = np.vstack([work, sent])
             by_rank = busy @ weighed

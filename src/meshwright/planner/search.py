@@ -24,6 +24,7 @@ from meshwright.planner.prices import Prices
 from meshwright.planner.pricing import AtLength, Pricing
 from meshwright.planner.space import Candidate, Choice, Pipeline, Space
 from meshwright.planner.stages import Stages, stages_of
+from meshwright.planner.tables import PER_RANK
 
 Array = Any
 CHUNK = 8192
@@ -267,8 +268,10 @@ def _order(seconds: Array, used: Array) -> Array:
 
 
 def _alike_in_memory(choices: list[Choice]) -> list[list[Choice]]:
-    """Choices with one ZeRO stage, grouped by what memory depends on: all but the overlap."""
+    """Choices with one ZeRO stage, grouped by what memory depends on: neither the overlap, nor which of the
+    dispatchers it is that send a token once to each rank."""
     groups: dict[tuple[str, str], list[Choice]] = {}
     for choice in choices:
-        groups.setdefault((choice.recompute, choice.dispatcher), []).append(choice)
+        family = PER_RANK[0] if choice.dispatcher in PER_RANK else choice.dispatcher
+        groups.setdefault((choice.recompute, family), []).append(choice)
     return list(groups.values())

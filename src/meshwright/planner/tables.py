@@ -7,8 +7,8 @@ an entry. Entries are made for all of them in one call, by arrays.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from meshwright.cost.collectives import Fanout
 from meshwright.cost.parts import BlockBytes, Setting, block_bytes, head_bytes
+from meshwright.cost.placement import Group
 from meshwright.ir.blocks import embedding_block, head_block, layer_block
 from meshwright.ir.dense import Shape
 from meshwright.ir.graph import Block, CollectiveKind
@@ -23,12 +24,22 @@ from meshwright.ir.lowering import LoweredBlock, block_at_levels, gradient_reduc
 from meshwright.ir.parameters import block_parameters
 from meshwright.ir.program import input_bytes, send_bytes
 from meshwright.ir.step import phases_that_gather, reduces_in_backward
-from meshwright.ir.tasks import CommTask, Phase
+from meshwright.ir.tasks import CommTask, Phase, Task
+from meshwright.planner.keys import Keys, counted, op_degrees, positions
 from meshwright.planner.prices import Prices
 from meshwright.planner.routing import fanout_of, has_fixed_capacity, load_over
 from meshwright.planner.space import Bases, Choice, Space
 from meshwright.planner.stages import Kind, block_kinds, layer_kinds
-from meshwright.planner.times import Running, axis_groups, block_times, kernel_times, price_collective
+from meshwright.planner.step import DATA_AXES
+from meshwright.planner.times import (
+    KernelTimes,
+    Running,
+    axis_groups,
+    block_times,
+    is_routed,
+    kernel_times,
+    price_collective,
+)
 from meshwright.policy import Dispatcher, Recompute
 
 Array = Any
@@ -55,11 +66,12 @@ NO_TRAFFIC = Traffic((), False)
 
 @dataclass(frozen=True)
 class _Entries:
-    """One kind of block for every distinct key: `seconds` by recompute and overlap as (3, keys), `bytes` by
-    recompute."""
+    """One kind of block for every distinct key: `seconds` by recompute and overlap as (3, keys), `work` their
+    sums, `bytes` by recompute."""
 
     seconds: dict[tuple[Recompute, bool], Array]
     bytes: dict[Recompute, BlockBytes]
+    work: dict[tuple[Recompute, bool], Array] = field(default_factory=dict)
 
     def fill(self, chosen: Array, part: _Entries, count: int) -> None:
         """Put a part in its place among `count` keys."""
@@ -73,20 +85,6 @@ class _Entries:
                 getattr(self.bytes[level], name)[chosen] = getattr(size, name)
 
 
-class _Keys:
-    """The distinct values of some columns of the bases of some pipeline degrees, and which each base has."""
-
-    def __init__(self, bases: Mapping[int, Bases], names: tuple[str, ...]) -> None:
-        every = Bases(
-            *(np.concatenate([getattr(one, name) for one in bases.values()]) for name in Bases.__slots__)
-        )
-        columns = np.stack([getattr(every, name).astype(np.int64) for name in names], axis=1)
-        _, first, inverse = np.unique(columns, axis=0, return_index=True, return_inverse=True)
-        self.rows = every.where(first)
-        ends = np.cumsum([len(one) for one in bases.values()])
-        self.of = dict(zip(bases, np.split(inverse.reshape(-1), ends[:-1]), strict=True))
-
-
 class Tables:
     """Entries of a space at one sequence length, made when they are first asked for."""
 
@@ -95,9 +93,10 @@ class Tables:
         self.needs_bytes = needs_bytes
         self.kinds = block_kinds(space.model)
         self.first_layer = layer_kinds(space.model)
-        self._keys: dict[tuple[tuple[int, ...], tuple[str, ...]], _Keys] = {}
+        self._keys: dict[tuple[tuple[int, ...], tuple[str, ...]], Keys] = {}
         self._entries: dict[tuple[Kind, Dispatcher, Traffic], _Entries] = {}
         self._with: dict[Traffic, tuple[int, ...]] = {}
+        self._shared: dict[tuple[Kind, bool, bool], dict[Recompute, KernelTimes]] = {}
 
     def traffic(self, pp: int, choice: Choice) -> Traffic:
         """What ZeRO adds to a block under a pipeline of a degree."""
@@ -110,19 +109,33 @@ class Tables:
         found = []
         for kind in self.kinds:
             entries = self._of(kind, choice.dispatcher, traffic)
-            overlaps = choice.expert_overlap and self._has_experts(kind)
-            level: Recompute = choice.recompute if not isinstance(kind, str) else "none"
             where = self._key_of(kind, traffic).of[pp][rows]
-            found.append(entries.seconds[level, overlaps][:, where])
+            found.append(entries.seconds[self._level(kind, choice)][:, where])
         return np.stack(found, axis=1)
+
+    def work(self, pp: int, choice: Choice, rows: Array) -> Array:
+        """Seconds of each kind of block, all phases together: (kinds, N)."""
+        traffic = self.traffic(pp, choice)
+        found = []
+        for kind in self.kinds:
+            entries = self._of(kind, choice.dispatcher, traffic)
+            key = self._level(kind, choice)
+            if key not in entries.work:
+                entries.work[key] = entries.seconds[key].sum(axis=0)
+            found.append(entries.work[key][self._key_of(kind, traffic).of[pp][rows]])
+        return np.stack(found)
+
+    def _level(self, kind: Kind, choice: Choice) -> tuple[Recompute, bool]:
+        """What of a choice a kind of block depends on, beside its dispatcher."""
+        level: Recompute = choice.recompute if not isinstance(kind, str) else "none"
+        return level, choice.expert_overlap and self._has_experts(kind)
 
     def bytes(self, pp: int, choice: Choice) -> tuple[BlockBytes, ...]:
         """Bytes of each kind of block for all bases of a pipeline degree."""
         found = []
         for kind in self.kinds:
             entries = self._of(kind, choice.dispatcher, NO_TRAFFIC)
-            level: Recompute = choice.recompute if not isinstance(kind, str) else "none"
-            size = entries.bytes[level]
+            size = entries.bytes[self._level(kind, choice)[0]]
             where = self._key_of(kind, NO_TRAFFIC).of[pp]
             found.append(BlockBytes(*(getattr(size, name)[where] for name in BlockBytes.__slots__)))
         return tuple(found)
@@ -131,7 +144,7 @@ class Tables:
         """Bytes that one rank sends to a neighbouring stage, for the bases of a pipeline degree."""
         bases = self.space.bases[pp]
         shape = self._shape(bases, "alltoall", 1)
-        return send_bytes(self.space.model, shape, _degrees(bases)) * np.ones(len(bases))
+        return send_bytes(self.space.model, shape, op_degrees(bases)) * np.ones(len(bases))
 
     def send_seconds(self, pp: int) -> Array:
         """Seconds of such a send, none of it hidden."""
@@ -143,7 +156,7 @@ class Tables:
     def _has_experts(self, kind: Kind) -> bool:
         return not isinstance(kind, str) and kind[0]
 
-    def _key_of(self, kind: Kind, traffic: Traffic) -> _Keys:
+    def _key_of(self, kind: Kind, traffic: Traffic) -> Keys:
         names: tuple[str, ...] = ("tp", "cp", "micro_batch", "sequence_parallel")
         if self._has_experts(kind):
             names += ("ep", "etp")
@@ -152,7 +165,7 @@ class Tables:
         degrees = self._degrees_with(traffic)
         key = (degrees, names)
         if key not in self._keys:
-            self._keys[key] = _Keys({pp: self.space.bases[pp] for pp in degrees}, names)
+            self._keys[key] = Keys({pp: self.space.bases[pp] for pp in degrees}, names)
         return self._keys[key]
 
     def _degrees_with(self, traffic: Traffic) -> tuple[int, ...]:
@@ -206,17 +219,14 @@ class Tables:
     ) -> dict[Dispatcher, _Entries]:
         """The entries of rows whose blocks have the same nodes."""
         engine, unit = self.space.engine, self.space.workload.compute_bytes
-        sizes: Any = _counted(rows, self.sequence_length)
+        sizes: Any = counted(rows, self.sequence_length)
         block = self._block(kind, self._shape(sizes, family[0], ep))
         params = block_parameters(self.space.model, block.name)
         added = [*parameter_gathers(block, params, sizes, traffic.gathers, unit)]
         if traffic.reduces:
             added += gradient_reductions(block.name, params, sizes, engine.gradient_bytes.value)
-        levels = dict.fromkeys(["none", *(c.recompute for c in self.space.choices)])
-        if isinstance(kind, str):
-            levels = {"none": None}
-        lowered = block_at_levels(block, _degrees(sizes), engine, levels, added)
-        found = {one: _Entries(self._seconds(rows, lowered, one, bool(traffic)), {}) for one in family}
+        lowered = block_at_levels(block, op_degrees(sizes), engine, self._levels(kind), added)
+        found = {one: _Entries(self._seconds(rows, kind, lowered, one, bool(traffic)), {}) for one in family}
         if self.needs_bytes and not traffic:
             tp: Any = rows.tp
             load = self._loads[np.searchsorted(self._loaded, rows.ep)]
@@ -231,38 +241,76 @@ class Tables:
             return head_bytes(block, Setting(space.engine, space.workload, 0, 1), tp)
         return block_bytes(block, space.workload.compute_bytes, load)
 
+    def _levels(self, kind: Kind) -> dict[Recompute, None]:
+        """The levels of recompute at which a kind of block is asked for."""
+        if isinstance(kind, str):
+            return {"none": None}
+        return dict.fromkeys(["none", *(choice.recompute for choice in self.space.choices)])
+
     def _seconds(
-        self, rows: Bases, lowered: dict[Recompute, LoweredBlock], dispatcher: Dispatcher, with_dp: bool
+        self,
+        rows: Bases,
+        kind: Kind,
+        lowered: Mapping[Recompute, LoweredBlock],
+        dispatcher: Dispatcher,
+        with_dp: bool,
     ) -> dict[tuple[Recompute, bool], Array]:
-        degrees = rows.degrees()
-        if not with_dp:  # axes inside a block stand where they do for any dp: one that the experts fold into
-            degrees |= {"dp": rows.ep * rows.etp, "pp": np.ones_like(rows.tp)}
-        groups = axis_groups(self.space.cluster, degrees)
         load = self._loads[np.searchsorted(self._loaded, rows.ep)]
-        kernels = kernel_times(
-            lowered["none"].tasks,
-            self.priced,
-            groups,
-            Running(dispatcher, False, load, self.fanout, self.fixed),
-        )
+        running = Running(dispatcher, False, load, self.fanout, self.fixed)
+        own = self._kernels(rows, lowered, _depends_on_experts, running, with_dp)
+        kernels = _added(own, *self._beside(kind, rows))
         found = {}
-        for level, block in lowered.items():
-            if level != "none":
-                again = [task for task in block.tasks if task.phase == "recompute"]
-                repeated = kernel_times(
-                    again, self.priced, groups, Running(dispatcher, False, load, self.fanout, self.fixed)
-                )
-                kernels = {**kernels, "recompute": repeated["recompute"]}
+        for level in lowered:
+            at_level = {**kernels["none"], "recompute": kernels[level]["recompute"]}
             for overlaps in dict.fromkeys(choice.expert_overlap for choice in self.space.choices):
-                times = block_times(
-                    kernels, self.priced, Running(dispatcher, overlaps, load, self.fanout, self.fixed)
-                )
+                times = block_times(at_level, self.priced, replace(running, overlaps_experts=overlaps))
                 totals = {phase: sum(parts.values()) for phase, parts in times.items()}
                 backward = totals["recompute"] + totals["input_gradient"]
                 phases = (totals["forward"], backward, totals["weight_gradient"])
                 found[level, overlaps] = np.array(np.broadcast_arrays(*phases, rows.tp * 1.0)[:3])
             found.setdefault((level, False), found[level, overlaps])
         return found
+
+    def _kernels(
+        self,
+        rows: Bases,
+        lowered: Mapping[Recompute, LoweredBlock],
+        which: Callable[[Task], bool],
+        running: Running,
+        with_dp: bool,
+    ) -> dict[Recompute, KernelTimes]:
+        """Kernel times of some of a block's tasks: all of them, and at other levels what is repeated."""
+        groups = self._groups(rows, with_dp)
+        found = {}
+        for level, block in lowered.items():
+            tasks = [t for t in block.tasks if which(t) and (level == "none" or t.phase == "recompute")]
+            found[level] = kernel_times(tasks, self.priced, groups, running)
+        return found
+
+    def _beside(self, kind: Kind, rows: Bases) -> tuple[dict[Recompute, KernelTimes], Array]:
+        """Kernel times of what stands before and beside the experts, and which of them each row has. How
+        experts are divided does not matter there, so few rows differ."""
+        sequence_parallel, alone = bool(rows.sequence_parallel[0]), bool(rows.tp[0] == 1)
+        plain = self._key_of("embedding", NO_TRAFFIC).rows
+        mine = plain.where((plain.sequence_parallel == sequence_parallel) & ((plain.tp == 1) == alone))
+        key = (kind, sequence_parallel, alone)
+        if key not in self._shared:
+            sizes = counted(mine, self.sequence_length)
+            block = self._block(kind, self._shape(sizes, "alltoall", 1))
+            lowered = block_at_levels(block, op_degrees(sizes), self.space.engine, self._levels(kind))
+            running = Running("alltoall", False, 1.0, self.fanout, self.fixed)
+            self._shared[key] = self._kernels(
+                mine, lowered, lambda task: not _depends_on_experts(task), running, False
+            )
+        return self._shared[key], positions(rows, mine, ("tp", "cp", "micro_batch"))
+
+    def _groups(self, rows: Bases, with_dp: bool) -> dict[str, Group]:
+        """Groups of rows. Axes inside a block stand where they do for any dp: then one is taken that the
+        experts fold into."""
+        degrees = rows.degrees()
+        if not with_dp:
+            degrees |= {"dp": rows.ep * rows.etp, "pp": np.ones_like(rows.tp)}
+        return axis_groups(self.space.cluster, degrees)
 
     @cached_property
     def _loaded(self) -> Array:
@@ -307,17 +355,23 @@ class Tables:
         return layer_block(self.space.model, self.first_layer[kind], shape)
 
 
-LONGEST_COUNTED = 2**22
-"""Tokens of a sequence up to which FLOPs of attention are counted in whole numbers of 64 bits."""
+def _depends_on_experts(task: Task) -> bool:
+    """Whether a task works on routed tokens, or on parameters that are divided over the data axes."""
+    return is_routed(task) or (isinstance(task, CommTask) and task.axis in DATA_AXES)
 
 
-def _counted(rows: Bases, sequence_length: int) -> Bases:
-    """Rows as they are, in whole numbers, whose division is fast; as floats where products would overflow."""
-    if sequence_length <= LONGEST_COUNTED:
-        return rows
-    return Bases(*(getattr(rows, name) * 1.0 for name in Bases.__slots__))
+def _added(
+    own: Mapping[Recompute, KernelTimes], beside: Mapping[Recompute, KernelTimes], where: Array
+) -> dict[Recompute, KernelTimes]:
+    """Kernel times of two groups of tasks together, the second taken from these positions."""
 
+    def taken(seconds: Array) -> Array:
+        return seconds[where] if np.ndim(seconds) else seconds
 
-def _degrees(rows: Bases) -> Any:
-    sp = np.where(rows.sequence_parallel, rows.tp, 1)
-    return {"tp": rows.tp, "cp": rows.cp, "ep": rows.ep, "etp": rows.etp, "sp": sp}
+    return {
+        level: {
+            phase: {name: seconds + taken(beside[level][phase][name]) for name, seconds in parts.items()}
+            for phase, parts in times.items()
+        }
+        for level, times in own.items()
+    }

@@ -118,7 +118,7 @@ def kernel_times(
                 parts[axis], parts[outside(axis)] = parts[axis] + near, parts[outside(axis)] + far
         # Among many layouts some have one rank along an axis, and launch nothing there.
         for name, routed in (("launches", False), ("launches_experts", True)):
-            parts[name] = sum(_launches(task, prices) for task in of_phase if _is_routed(task) is routed)
+            parts[name] = sum(_launches(task, prices) for task in of_phase if is_routed(task) is routed)
         times[phase] = parts
     return times
 
@@ -229,7 +229,7 @@ def _scored_attention(task: ComputeTask, prices: Prices) -> PhaseParts:
     return {"attention": work, "memory": moved / prices.memory_bytes_per_s}
 
 
-def _is_routed(task: Task) -> bool:
+def is_routed(task: Task) -> bool:
     """Whether a task works on tokens that the router has sent: none that stands before or beside it."""
     name = task.name
     return ".moe." in name and not any(word in name for word in (".router", ".route", ".shared", ".balance"))
