@@ -46,12 +46,13 @@ def deployment(
     precision: str = "bf16",
     routing: Any = "balanced",
     gpu: Any = "h100-sxm",
+    efficiency: Any = None,
     **policy: Any,
 ) -> Deployment:
     """A deployment of a small model by name, or of any other model, on two H100 nodes unless told."""
     document = {
         "name": "small",
-        "cluster": {"nodes": nodes, "gpus_per_node": gpus_per_node, "gpu": gpu},
+        "cluster": {"nodes": nodes, "gpus_per_node": gpus_per_node, "gpu": gpu, "efficiency": efficiency},
         "model": MODELS.get(model, model) if isinstance(model, str) else model,
         "workload": {
             "global_batch_size": batch,

@@ -38,6 +38,12 @@ CASES: dict[str, dict[str, Any]] = {
     "tied": {"model": "tied", "engine": "native"},
     "tied deepspeed": {"model": "tied", "engine": "deepspeed", "batch": 48},
     "fp8": {"model": "moe", "engine": "megatron", "precision": "fp8"},
+    "long": {"model": "moe", "engine": "megatron", "length": 2**23, "batch": 8},
+    "capacity": {
+        "model": {**deployment("moe").model.model_dump(), "router": {"capacity_factor": 1.25}},
+        "engine": "megatron",
+    },
+    "flat": {"model": "dense", "engine": "megatron", "efficiency": {"compute": "60%", "bandwidth": "80%"}},
     "skewed": {"model": "moe", "engine": "megatron", "routing": {"zipf": 0.5}},
     "windows": {"model": "gpt-oss-20b", "engine": "torchtitan", "nodes": 1},
     "replicated heads": {"model": {**deployment("dense").model.model_dump(), "num_key_value_heads": 1}},
