@@ -13,7 +13,7 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup setup-light demo test check docs bench clean
+.PHONY: help setup setup-light demo test check docs bench accuracy clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -51,17 +51,26 @@ check: $(FULL)  ## lint, format, types, generated pages, docs
 	$(BIN)/mypy
 	$(BIN)/python tools/file_reference.py --check
 	$(BIN)/python tools/brief_audit.py --check
+	$(BIN)/python tools/accuracy.py --check
 	$(BIN)/mkdocs build --strict --quiet
 	@find src -name '*.py' -exec wc -l {} + | awk '$$1 > 400 && $$2 != "total" {print "note: " $$2 " has " $$1 " lines"}'
 
 docs: $(FULL)  ## write the generated pages anew and build the site into site/
 	$(BIN)/python tools/file_reference.py
 	$(BIN)/python tools/brief_audit.py
+	$(BIN)/python tools/accuracy.py
 	$(BIN)/mkdocs build --strict
 
 bench: $(FULL)  ## how long the commands take to start, and how fast layouts are searched
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/search.py
+
+RUNS := benchmarks/accuracy/training_runs.csv
+CATALOG := src/meshwright/catalog
+
+accuracy: $(FULL)  ## fit the constants to measured runs, score them with recipes held back, write docs/accuracy.md
+	$(BIN)/meshwright validate $(RUNS) --fit $(CATALOG)/constants.yaml --residuals $(CATALOG)/residuals.yaml
+	$(BIN)/python tools/accuracy.py --refit
 
 clean:  ## remove what was built; .venv stays
 	rm -rf site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
