@@ -49,7 +49,6 @@ FORMS = {
     "model": "A [catalogue name](#models), or one of these forms:",
     "workload.sequence_length": "A number of tokens, or one of these forms. `{histogram: file}` reads "
     "`length,count` lines.",
-    "workload.routing": "`balanced`, or one of these forms:",
     "layout": "The [glossary](glossary.md#parallelism) says what each degree divides.",
     "claims.figures[]": "What `id` may be is listed under [Figures](#figures).",
     "policy": "The [glossary](glossary.md#running) says what each choice means.",
@@ -69,11 +68,8 @@ For two `h100-sxm` nodes, `qwen3-30b-a3b` and nothing but a workload they take:
 """
 
 WITHOUT_EFFECT = {
-    "policy.expert_overlap": "a step-time model: how much of the expert exchanges hides behind compute",
     "training.*": "the training runtime",
     "workload.routing": "the sharding of work: how uneven the experts' loads are",
-    "workload.sequence_length.mean": "a step-time model: the work of a mean step; memory takes the maximum",
-    "cluster.efficiency.bandwidth": "a step-time model: the share of each link's bandwidth that is reached",
     "model.router.aux_loss_scope": "the training runtime: over which tokens the balancing loss is taken",
 }
 """Keys that are read and checked, while nothing computes with them: what will."""
