@@ -134,7 +134,7 @@ def test_uneven_interleaving_stays_near(
     stages = drawn_stages(data, num_ranks * chunks, 0.9, 1.1)
     count = num_ranks * rounds
     expected = run("Interleaved1F1B", num_ranks, count, chunks, stages)
-    assert closed("Interleaved1F1B", num_ranks, count, chunks, stages) == pytest.approx(expected, rel=0.05)
+    assert closed("Interleaved1F1B", num_ranks, count, chunks, stages) == pytest.approx(expected, rel=0.08)
 
 
 def test_arrays_give_what_numbers_give() -> None:

@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from math import exp
 from typing import Any
 
 from meshwright.deployment import Deployment
 from meshwright.errors import InputError
 from meshwright.plan import resolve
 from meshwright.planner.drafting import space_of
-from meshwright.planner.interval import group_of, half_width_of
+from meshwright.planner.interval import width_of
 from meshwright.planner.lengths import Lengths, lengths_of
 from meshwright.planner.prices import Prices, prices
 from meshwright.planner.pricing import AtLength
@@ -170,7 +169,7 @@ def searched(
 ) -> Found:
     """The search of a space. What is within reach of the best is what its interval overlaps."""
     priced = prices(space.cluster, space.workload.precision, space.engine_name, CONDITIONS)
-    tied = exp(2 * half_width_of(group_of(space.model, space.cluster)))
+    tied = width_of(space.model, space.cluster, space.engine_name).factor ** 2
 
     def report(share: float) -> None:
         progress("searching", round(_PER_CENT * share), _PER_CENT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import exp
 from typing import Any
 
 from meshwright.calibration import Basis
@@ -14,7 +13,7 @@ from meshwright.cost.placement import Group
 from meshwright.ir.program import LoweredBlock, Program
 from meshwright.ir.tasks import CommTask, ComputeTask, Task
 from meshwright.plan import Plan
-from meshwright.planner.interval import group_of, half_width_of
+from meshwright.planner.interval import Width, width_of
 from meshwright.planner.prices import Prices
 from meshwright.planner.times import Running, axis_groups, price_collective, price_op, rates_of
 
@@ -33,18 +32,17 @@ class Unmeasured:
 
 @dataclass(frozen=True)
 class Confidence:
-    """The group of measured runs that the interval comes from, the factor of the interval, the shares of a
-    micro-batch's seconds by basis, and what is not measured, longest first."""
+    """How wide the interval is and what that rests on, the shares of a micro-batch's seconds by basis, and
+    what is not measured, longest first."""
 
-    group: str
-    factor: float
+    width: Width
     shares: Mapping[Basis, float]
     unmeasured: tuple[Unmeasured, ...]
 
     def document(self) -> dict[str, Any]:
         """The confidence as JSON."""
         return {
-            "interval": f"80 % of {self.group} runs lie within a factor {self.factor:.3g}",
+            "interval": self.width.words,
             **{f"{basis}_fraction": self.shares[basis] for basis in BASES},
             "unmeasured": [
                 {"what": u.what, "basis": u.basis, "share_fraction": u.share_fraction}
@@ -67,9 +65,9 @@ def confidence_of(program: Program, priced: Prices, running: Running) -> Confide
     open_ = [
         Unmeasured(what, basis, s / total) for (what, basis), s in seconds.items() if basis != "measured"
     ]
-    group = group_of(plan.model, plan.cluster)
+    width = width_of(plan.model, plan.cluster, plan.policy.engine)
     ordered = sorted(open_, key=lambda u: (-u.share_fraction, u.what))
-    return Confidence(group, exp(half_width_of(group)), shares, tuple(ordered))
+    return Confidence(width, shares, tuple(ordered))
 
 
 def _kinds(program: Program) -> Iterator[tuple[LoweredBlock, int]]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files as package_files
 from math import exp
 
 from meshwright.cluster import Cluster
+from meshwright.cost.constants import generation_of
 from meshwright.files import Noun, parse_yaml
 from meshwright.model import Model
 from meshwright.plan import Plan
+from meshwright.policy import EngineName
 from meshwright.units import Count
 
 
@@ -44,7 +47,48 @@ def group_of(model: Model, cluster: Cluster) -> str:
     return "moe_efa" if over_efa else "moe_full"
 
 
+UNMEASURED = 2.0
+"""How much wider an interval is, in logarithms, where no run of the engine or of the GPU's generation has
+been measured, or the file states what kernels reach: assumed."""
+MEASURED_ENGINES = ("megatron", "torchtitan", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Width:
+    """How wide an interval is, the group of measured runs it comes from, and why it is wider than theirs."""
+
+    group: str
+    half_width: float
+    wider: tuple[str, ...]
+
+    @property
+    def factor(self) -> float:
+        """The interval reaches from the step time over this factor to the step time times it."""
+        return exp(self.half_width)
+
+    @property
+    def words(self) -> str:
+        """What the interval rests on."""
+        text = f"80 % of measured {self.group} runs lie within a factor {exp(half_width_of(self.group)):.2f}"
+        if not self.wider:
+            return text
+        return f"{text}; taken here: {self.factor:.2f}, assumed, because {' and '.join(self.wider)}"
+
+
+def width_of(model: Model, cluster: Cluster, engine: EngineName) -> Width:
+    """The width of the interval of plans of a model on a cluster with an engine."""
+    group = group_of(model, cluster)
+    wider = []
+    if engine not in MEASURED_ENGINES:
+        wider.append(f"no run of the {engine} engine has been measured")
+    if cluster.efficiency is not None and cluster.efficiency.compute is not None:
+        wider.append("the file states what kernels reach")
+    elif generation_of(cluster.gpu.name) == "other":
+        wider.append(f"no run on {cluster.gpu.name} has been measured")
+    return Width(group, half_width_of(group) * (UNMEASURED if wider else 1.0), tuple(wider))
+
+
 def interval(plan: Plan, step_time_s: float) -> tuple[float, float]:
     """The 80 % interval around a plan's step time, in seconds."""
-    factor = exp(half_width_of(group_of(plan.model, plan.cluster)))
+    factor = width_of(plan.model, plan.cluster, plan.policy.engine).factor
     return step_time_s / factor, step_time_s * factor

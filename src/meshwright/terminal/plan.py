@@ -66,7 +66,7 @@ def _summary(answer: Answer) -> str:
     rest = " the others cannot be among the best." if found.priced < found.feasible else ""
     text += f", {found.feasible:,} do; {found.priced:,} priced.{rest}"
     if answer.best is not None and found.within_reach > 1:
-        factor = answer.best.confidence.factor
+        factor = answer.best.confidence.width.factor
         text += (
             f" {found.within_reach:,} tie with the best: its interval is a factor {factor:.2f} either way."
         )
@@ -211,8 +211,7 @@ def _show_confidence(best: Ranked, console: Console) -> None:
     console.print(
         Text.assemble(
             ("How sure ", "bold"),
-            f"80 % of measured {confidence.group} runs lie within a factor {confidence.factor:.2f} of what "
-            f"is predicted. Prices of the first plan's micro-batch: {shares}.",
+            f"{printable(confidence.width.words)}. Prices of the first plan's micro-batch: {shares}.",
         )
     )
     for item in confidence.unmeasured[:_UNMEASURED]:
