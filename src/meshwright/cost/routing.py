@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from meshwright.model import Model
 from meshwright.workload import Lognormal, Routing, RoutingCounts, Zipf
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DRAWS = 64
 _SEED = 20
@@ -40,6 +42,8 @@ def fullest_rank(routing: Routing, num_experts: int, ep: int) -> float:
 
 @lru_cache(maxsize=256)
 def _drawn(routing: Zipf | Lognormal, num_experts: int, ep: int) -> float:
+    import numpy as np  # here: audits of even routing need none of it
+
     rng = np.random.default_rng(_SEED)
     if isinstance(routing, Zipf):
         popular = np.arange(1, num_experts + 1, dtype=float) ** -routing.zipf
@@ -51,10 +55,13 @@ def _drawn(routing: Zipf | Lognormal, num_experts: int, ep: int) -> float:
 
 def _fullest(loads: np.ndarray, ep: int) -> np.ndarray:
     ranks = loads.reshape(len(loads), ep, -1).sum(axis=2)
-    return np.asarray(ranks.max(axis=1) / ranks.mean(axis=1))
+    fullest: np.ndarray = ranks.max(axis=1) / ranks.mean(axis=1)
+    return fullest
 
 
 def _of_counts(counts: RoutingCounts, num_experts: int, ep: int) -> float:
+    import numpy as np  # here: audits of even routing need none of it
+
     layers: dict[int, np.ndarray] = {}
     for layer, expert, tokens in counts.tokens:
         layers.setdefault(layer, np.zeros(num_experts))[expert] += tokens
