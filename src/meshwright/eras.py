@@ -30,7 +30,7 @@ class Era(Noun):
     flash_attention: Fact[bool]
     attention: Fact[dict[str, float]] | None = None
     graphed: Fact[tuple[str, ...]] | None = None
-    host: Fact[str] | None = None
+    step: Fact[str] | None = None
 
     def launches_graphs(self, gpu: str) -> bool:
         """Whether recipes of this era launch captured CUDA graphs on a GPU, by its catalogue name."""

@@ -46,12 +46,12 @@ class Constants(Noun):
     `slowdown`: how much longer matmuls and attention take inside a step than alone, by GPU generation;
     `grouped`: how much of that grouped matmuls feel, which memory bounds more than power; `memory`: the same
     as slowdown for ops that memory bandwidth bounds. `host`: seconds that a process needs to launch one op:
-    of a dense block, of one in the software of 2021 (`early`), of a block with experts whose sizes come back
-    from the GPU, and from a captured graph. `hidden`: shares of communication that run beside compute where
-    an era overlaps it. `fp8_cast`: how much of what casting to fp8 takes alone shows inside a step.
-    `network`: slowdown of links that leave a node; `efa`: of the experts' exchange over EFA on top. `step`:
-    seconds per step outside the model. `natural_routing`: load of the fullest rank over the mean where
-    routing is real and not described.
+    of a dense block, of a block with experts whose sizes come back from the GPU, and from a captured graph.
+    `hidden`: shares of communication that run beside compute where an era overlaps it. `fp8_cast`: how much
+    of what casting to fp8 takes alone shows inside a step. `network`: slowdown of links that leave a node;
+    `efa`: of the experts' exchange over EFA on top. `step`: seconds per step outside the model, today and in
+    the software of 2021 (`early`). `natural_routing`: load of the fullest rank over the mean where routing
+    is real and not described.
     """
 
     slowdown: Mapping[str, Constant]
@@ -62,7 +62,7 @@ class Constants(Noun):
     fp8_cast: Constant
     network: Constant
     efa: Constant
-    step: Constant
+    step: Mapping[str, Constant]
     natural_routing: Constant
 
     def flat(self) -> Iterator[tuple[str, Constant]]:

@@ -216,7 +216,7 @@ def tail(
     """Data-parallel communication that shows, what is left of a step, and the optimizer, on the rank where
     they take longest together. `ranks` lists stages by rank; the search adds it up for many layouts."""
     rows = []
-    beside = 0.0 if priced.flat else priced.constants.step.value
+    beside = priced.step_s
     for rank, own in enumerate(ranks):
         backward, forward = phases[1:, list(own)].sum(axis=(0, 1)), phases[0, list(own)].sum(axis=0)
         data = exposed_data(comm[rank], priced, backward, forward, slack_s[rank])

@@ -54,7 +54,7 @@ class Prices:
     attention: float
     network: float
     exchange: float
-    host: str
+    step_s: float
     graphs: GraphScope
     static_experts: bool
     casts: bool
@@ -108,7 +108,7 @@ def prices(
         attention=era.attention_slowdown(generation),
         network=fitted.network.value,
         exchange=fitted.efa.value if any(link.kind == "efa" for link in cluster.links) else 1.0,
-        host="dense" if era.host is None else era.host.value,
+        step_s=0.0 if flat else fitted.step["usual" if era.step is None else era.step.value].value,
         graphs=stated.graphs or ("partial" if era.launches_graphs(cluster.gpu.name) else "none"),
         static_experts=stated.static_experts,
         casts=low,

@@ -158,7 +158,7 @@ def _launching_s(launches: PhaseParts, has_experts: bool, prices: Prices, runnin
     host = prices.constants.host
     fixed = prices.static_experts or running.fixed
     waits = has_experts and not (fixed or running.dispatcher == "hybridep")
-    eager = host["experts" if waits else prices.host].value
+    eager = host["experts" if waits else "dense"].value
     routed, others = launches["launches_experts"], launches["launches"]
     if prices.graphs == "none":
         return (routed + others) * eager

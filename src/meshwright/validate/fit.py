@@ -29,7 +29,6 @@ STARTS: dict[str, tuple[float, float]] = {
     "grouped": (0.9, 0.2),
     "memory": (0.8, 0.15),
     "host.dense": (60e-6, 0.7),
-    "host.early": (100e-6, 0.7),
     "host.experts": (120e-6, 0.7),
     "host.graph": (10e-6, 0.3),
     "hidden.tensor": (0.6, 1.0),
@@ -39,7 +38,8 @@ STARTS: dict[str, tuple[float, float]] = {
     "fp8_cast": (0.4, 0.5),
     "network": (1.1, 0.2),
     "efa": (1.5, 0.5),
-    "step": (20e-3, 0.7),
+    "step.usual": (20e-3, 0.7),
+    "step.early": (20e-3, 0.7),
 }
 """Starting value of each fitted constant, and how far it may reasonably lie from it (in its logarithm or
 logit): what the physics suggest before any run is seen."""
