@@ -139,7 +139,7 @@ def _worst(held: Validation, shipped: Validation, name: str, error: float) -> di
         "source": f"{row.source}, {row.source_path}",
         "measured_s": priced.run.measured_s,
         "error": error,
-        "open": sorted({key for candidate in priced.run.candidates for key in candidate.assumed}),
+        "open": sorted({key for c in priced.run.candidates for key in c.assumed} - {"model"}),
         "parts": _parts(prepared),
     }
 

@@ -19,7 +19,7 @@ from meshwright.validate.score import Prediction, Scored
 
 TITLES = {
     "dense": "dense",
-    "moe_full": "MoE, everything stated",
+    "moe_full": "MoE, all stated",
     "moe_partial": "MoE, in part",
     "moe_efa": "MoE over EFA",
 }
