@@ -15,9 +15,7 @@ Recompute = Literal["none", "selective", "full"]
 Dispatcher = Literal["allgather", "alltoall", "deepep", "hybridep"]
 ZeroStage = Literal[0, 1, 2, 3]
 
-RecomputeModule = Literal[
-    "core_attn", "layernorm", "mla_up_proj", "moe_act", "mlp", "moe", "shared_experts"
-]
+RecomputeModule = Literal["core_attn", "layernorm", "mla_up_proj", "moe_act", "mlp", "moe", "shared_experts"]
 """Parts that selective recompute repeats, by Megatron Core's names (transformer_config.py)."""
 FloatType = Literal["fp32", "bf16"]
 
