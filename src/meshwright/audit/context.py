@@ -34,7 +34,8 @@ class Context:
     """A deployment with its stated degrees and, where those cannot exist, the nearest that can.
 
     `stated` holds every degree, a missing one by its default, and `given` names those that somebody stated;
-    `num_micro_batches` is what the document states, else what its micro-batch size gives.
+    `num_micro_batches` is what the document states, else what its micro-batch size gives. `times_s` keeps the
+    step times that were computed, by conditions and sequence length.
     """
 
     deployment: Deployment
@@ -47,6 +48,7 @@ class Context:
     repairs: tuple[Repair, ...] = ()
     _plans: dict[Conditions, tuple[Plan, Program]] = field(default_factory=dict)
     _memories: dict[Conditions, tuple[RankMemory, ...]] = field(default_factory=dict)
+    times_s: dict[tuple[Conditions, int], float] = field(default_factory=dict)
 
     @property
     def model(self) -> Model:
@@ -206,10 +208,10 @@ def with_repairs(ctx: Context, kept_figures: Callable[[Layout], int]) -> Context
     if not ctx.possible:
         batch = ctx.workload.global_batch_size
         repairs = nearest_layouts(ctx.model, ctx.cluster, ctx.stated, ctx.given, batch, kept_figures)
-    found = replace(ctx, repairs=tuple(repairs), _plans={}, _memories={})
+    found = replace(ctx, repairs=tuple(repairs), _plans={}, _memories={}, times_s={})
     layout = found.layout
     used = _policy_defaults(ctx.deployment, layout) if layout is not None else {}
-    return replace(found, defaults={**ctx.defaults, **used}, _plans={}, _memories={})
+    return replace(found, defaults={**ctx.defaults, **used}, _plans={}, _memories={}, times_s={})
 
 
 def _claims(deployment: Deployment) -> Claims:

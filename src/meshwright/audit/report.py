@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from math import isclose
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from meshwright.audit.answer import Answer, Value
+from meshwright.audit.answer import Answer, Computed, Value, Verdict
 from meshwright.audit.arithmetic import evaluate
 from meshwright.audit.context import Context, context_of, with_repairs
 from meshwright.audit.figures import FigureKind, figure_kind
@@ -28,7 +28,6 @@ from meshwright.model import Model
 from meshwright.units import BYTES
 from meshwright.verify import Finding, verify
 
-Verdict = Literal["holds", "fails", "undetermined"]
 RELATIVE_TOLERANCE = 0.005
 """Two values are the same figure within half a per cent, or within half of the last digit that is printed."""
 
@@ -49,6 +48,7 @@ class Checked:
     formula: str
     why: str
     formula_value: float | None = None
+    by_length: tuple[Computed, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """The verdict as JSON keys of `audit`."""
@@ -56,6 +56,7 @@ class Checked:
             "id": self.figure.id,
             "stated": list(self.stated) if isinstance(self.stated, tuple) else self.stated,
             "computed": list(self.computed) if isinstance(self.computed, tuple) else self.computed,
+            "computed_by_length": [one.document() for one in self.by_length],
             "unit": self.kind.unit,
             "verdict": self.verdict,
             "why": self.why,
@@ -246,8 +247,9 @@ def _with_memory(ctx: Context, repair: Repair) -> Repair:
 def check(ctx: Context, figure: Figure) -> Checked:
     """One figure's verdict.
 
-    It fails when its own formula does not give its value; else the description decides; where that needs a
-    step-time model the verdict is undetermined, unless a bound already rules the value out.
+    It fails when its own formula does not give its value; else the description decides. What follows from the
+    step-time model holds inside the 80 % interval of every length that the figure speaks of, fails outside
+    all of them or where a bound rules it out, and is undetermined in between.
     """
     kind = figure_kind(figure)
     stated = kind.parse(figure)
@@ -259,15 +261,25 @@ def check(ctx: Context, figure: Figure) -> Checked:
         own = evaluate(figure.formula, f"claims.figures.{figure.id}.formula")
         if not _same(stated, own, figure, kind):
             why = f"{figure.formula} is {kind.format(own)}, not {kind.format(stated)}. {answer.why}"
-            return Checked(figure, kind, stated, own, "fails", answer.formula, why, own)
+            return Checked(figure, kind, stated, own, "fails", answer.formula, why, own, answer.by_length)
+    verdict = _verdict(answer, stated, figure, kind)
     return Checked(
-        figure, kind, stated, answer.value, _verdict(answer, stated, figure, kind), answer.formula, answer.why
+        figure,
+        kind,
+        stated,
+        answer.value,
+        verdict,
+        answer.formula,
+        answer.why,
+        by_length=answer.by_length,
     )
 
 
 def _verdict(answer: Answer, stated: Value, figure: Figure, kind: FigureKind) -> Verdict:
     if answer.impossible:
         return "fails"
+    if answer.verdict is not None:
+        return answer.verdict
     if answer.value is None:
         return "undetermined"
     if isinstance(stated, tuple) or isinstance(answer.value, tuple):
