@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 Value = float | tuple[str, ...]
@@ -10,37 +10,31 @@ Verdict = Literal["holds", "fails", "undetermined"]
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
-    """A figure at one sequence length, with the ends of its 80 % interval."""
+class AtLength:
+    """What a figure is at one sequence length, with its 80 % interval, in SI units."""
 
     sequence_length: int
     value: float
     low: float
     high: float
 
-    def holds(self, stated: float) -> bool:
-        """Whether a stated value lies in the interval."""
-        return self.low <= stated <= self.high
-
     def document(self) -> dict[str, float]:
-        """The figure as JSON."""
-        return {
-            "sequence_length": self.sequence_length,
-            "value": self.value,
-            "low": self.low,
-            "high": self.high,
-        }
+        """One entry of `computed_by_length`."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the description gives for a figure. `value` None means that it cannot be determined yet;
-    `impossible` that a bound rules the stated value out all the same. A figure with an interval is computed
-    `by_length`, and `verdict` is what that gives."""
+    """What the description gives for a figure. `value` None means that it cannot be determined;
+    `impossible` that a bound rules the stated value out all the same.
+
+    A figure that follows from a step time has a value with an interval at each of several sequence lengths,
+    and the verdict that these give.
+    """
 
     value: Value | None
     formula: str
     why: str
     impossible: bool = False
-    by_length: tuple[Computed, ...] = ()
+    by_length: tuple[AtLength, ...] = ()
     verdict: Verdict | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from meshwright.audit.repair import AXES, Repair, broken_rules, nearest_layouts
+from meshwright.audit.speed import Step
 from meshwright.claims import Claims, Conditions, Figure
 from meshwright.cluster import Cluster
 from meshwright.cost.memory import RankMemory, memory, worst
@@ -20,7 +21,6 @@ from meshwright.ir.schedule import require_buildable
 from meshwright.layout import Layout, LayoutRequest
 from meshwright.model import Model
 from meshwright.plan import Plan, resolve_layout, resolve_policy
-from meshwright.units import SECONDS
 from meshwright.verify import Finding, stage_findings
 from meshwright.workload import Workload
 
@@ -34,8 +34,7 @@ class Context:
     """A deployment with its stated degrees and, where those cannot exist, the nearest that can.
 
     `stated` holds every degree, a missing one by its default, and `given` names those that somebody stated;
-    `num_micro_batches` is what the document states, else what its micro-batch size gives. `times_s` keeps the
-    step times that were computed, by conditions and sequence length.
+    `num_micro_batches` is what the document states, else what its micro-batch size gives.
     """
 
     deployment: Deployment
@@ -46,9 +45,10 @@ class Context:
     given: frozenset[str]
     broken_rules: tuple[Finding, ...]
     repairs: tuple[Repair, ...] = ()
+    steps: dict[tuple[Conditions, int], Step] = field(default_factory=dict)
+    """Step times by conditions and sequence length, as far as somebody asked."""
     _plans: dict[Conditions, tuple[Plan, Program]] = field(default_factory=dict)
     _memories: dict[Conditions, tuple[RankMemory, ...]] = field(default_factory=dict)
-    times_s: dict[tuple[Conditions, int], float] = field(default_factory=dict)
 
     @property
     def model(self) -> Model:
@@ -84,18 +84,11 @@ class Context:
 
     @property
     def layout_words(self) -> str:
-        """The layout that memory figures are computed on, stated or nearest, for a sentence."""
+        """The layout that memory and step times are computed on, stated or nearest, for a sentence."""
         layout = self.layout
         if layout is None:
             return "no possible layout"
         return " ".join(f"{axis.upper()}{layout.size(axis)}" for axis in ("tp", "pp", "dp", "ep"))
-
-    def stated_step_time_s(self) -> float | None:
-        """The step time that the document states, in seconds."""
-        for figure in self.claims.figures:
-            if figure.id == "step_time" and isinstance(figure.value, str):
-                return SECONDS.parse(figure.value, "step_time")
-        return None
 
     def plan_for(self, figure: Figure) -> tuple[Plan, Program]:
         """The plan and program that a figure speaks of, under its own conditions where it names them."""
@@ -120,11 +113,7 @@ class Context:
         document states; the file's own micro-batch is kept as it is; else the replica's share is cut into the
         stated number where that divides and can be scheduled, or into single sequences.
         """
-        batch = self.workload.global_batch_size
-        if at.sequences_per_replica is not None:
-            batch = at.sequences_per_replica * layout.dp
-        elif at.micro_batch_size is not None:
-            batch = at.micro_batch_size * layout.dp * self.num_micro_batches
+        batch = self.batch_on(layout.dp, at)
         size = at.micro_batch_size or self.deployment.policy.micro_batch_size
         if size is not None:
             return self._with(layout, batch, size)
@@ -134,6 +123,14 @@ class Context:
             if _buildable(plan):
                 return plan
         return self._with(layout, batch, 1)
+
+    def batch_on(self, dp: int, at: Conditions = ALL) -> int:
+        """Sequences of a step: the workload's, or those that a figure's own conditions make over dp ranks."""
+        if at.sequences_per_replica is not None:
+            return at.sequences_per_replica * dp
+        if at.micro_batch_size is not None:
+            return at.micro_batch_size * dp * self.num_micro_batches
+        return self.workload.global_batch_size
 
     def _with(self, layout: Layout, global_batch_size: int, micro_batch_size: int) -> Plan:
         request = self.deployment.policy.model_copy(update={"micro_batch_size": micro_batch_size})
@@ -158,26 +155,28 @@ class Context:
         """Memory of the pipeline rank that needs most, for the workload that a figure speaks of."""
         return worst(self.memory_for(figure))
 
-    def compute_bound_s(self, sequence_length: int, efficiency: float = 1.0) -> float:
-        """Seconds that the FLOPs of one step alone take on all GPUs at a share of their peak."""
-        rate = self.cluster.gpu.peak_flops_per_s(self.workload.precision) * self.cluster.num_gpus * efficiency
-        return self.step_flops(sequence_length) / rate
+    def batch_of(self, figure: Figure) -> int:
+        """Sequences of the step that a figure speaks of."""
+        dp = self.stated["dp"] if self.layout is None else self.layout.dp
+        return self.batch_on(dp, figure.at)
 
-    def step_flops(self, sequence_length: int) -> int:
-        """Model FLOPs of one step at a sequence length."""
-        return model_flops(self._whole_model, sequence_length)
+    def bound_s(self, figure: Figure, sequence_length: int, efficiency: float = 1.0) -> float:
+        """Seconds that the FLOPs of a figure's step alone take on all GPUs at a share of their peak."""
+        rate = self.cluster.gpu.peak_flops_per_s(self.workload.precision) * self.cluster.num_gpus * efficiency
+        share = self.batch_of(figure) / self.workload.global_batch_size
+        return share * model_flops(self._whole_model, sequence_length) / rate
 
     @cached_property
     def _whole_model(self) -> Plan:
         """The plan on one rank: FLOPs of a step do not depend on the layout, nor on whether there is one."""
         return self._with(Layout(), self.workload.global_batch_size, 1)
 
-    def longest_length_within(self, seconds: float, efficiency: float) -> int:
+    def longest_length_within(self, figure: Figure, seconds: float, efficiency: float) -> int:
         """The longest sequence whose FLOPs alone fit a time; 0 where even one token per sequence does not."""
         low, high = 0, self.workload.max_sequence_length
         while low < high:
             middle = (low + high + 1) // 2
-            fits = self.compute_bound_s(middle, efficiency) <= seconds
+            fits = self.bound_s(figure, middle, efficiency) <= seconds
             low, high = (middle, high) if fits else (low, middle - 1)
         return low
 
@@ -208,10 +207,10 @@ def with_repairs(ctx: Context, kept_figures: Callable[[Layout], int]) -> Context
     if not ctx.possible:
         batch = ctx.workload.global_batch_size
         repairs = nearest_layouts(ctx.model, ctx.cluster, ctx.stated, ctx.given, batch, kept_figures)
-    found = replace(ctx, repairs=tuple(repairs), _plans={}, _memories={}, times_s={})
+    found = replace(ctx, repairs=tuple(repairs), _plans={}, _memories={})
     layout = found.layout
     used = _policy_defaults(ctx.deployment, layout) if layout is not None else {}
-    return replace(found, defaults={**ctx.defaults, **used}, _plans={}, _memories={}, times_s={})
+    return replace(found, defaults={**ctx.defaults, **used}, _plans={}, _memories={})
 
 
 def _claims(deployment: Deployment) -> Claims:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from math import isclose
 from typing import Any, get_args
 
-from meshwright.audit.answer import Answer, Computed, Value, Verdict
+from meshwright.audit.answer import Answer, AtLength, Value, Verdict
 from meshwright.audit.arithmetic import evaluate
 from meshwright.audit.context import Context, context_of, with_repairs
 from meshwright.audit.figures import FigureKind, figure_kind
 from meshwright.audit.repair import Repair
+from meshwright.audit.rounding import half_last_digit
 from meshwright.claims import MAX_FIGURES, Figure
 from meshwright.cluster import Cluster
 from meshwright.cost.memory import RankMemory, memory, worst
@@ -26,7 +25,7 @@ from meshwright.ir.program import lower
 from meshwright.layout import Layout
 from meshwright.model import Model
 from meshwright.units import BYTES
-from meshwright.verify import Finding, verify
+from meshwright.verify import Finding, stage_findings, verify
 
 RELATIVE_TOLERANCE = 0.005
 """Two values are the same figure within half a per cent, or within half of the last digit that is printed."""
@@ -37,7 +36,8 @@ class Checked:
     """One figure with its verdict. Values are SI numbers; `computed` None means undetermined.
 
     `formula_value` is what the document's own formula gives where that is not the stated value; it then
-    stands as `computed` too, because the figure is refuted by its own arithmetic.
+    stands as `computed` too, because the figure is refuted by its own arithmetic. `by_length` is what follows
+    from a step time at several sequence lengths; `computed` is then that at the figure's own, or the longest.
     """
 
     figure: Figure
@@ -48,7 +48,7 @@ class Checked:
     formula: str
     why: str
     formula_value: float | None = None
-    by_length: tuple[Computed, ...] = ()
+    by_length: tuple[AtLength, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """The verdict as JSON keys of `audit`."""
@@ -56,7 +56,7 @@ class Checked:
             "id": self.figure.id,
             "stated": list(self.stated) if isinstance(self.stated, tuple) else self.stated,
             "computed": list(self.computed) if isinstance(self.computed, tuple) else self.computed,
-            "computed_by_length": [one.document() for one in self.by_length],
+            "computed_by_length": [at.document() for at in self.by_length],
             "unit": self.kind.unit,
             "verdict": self.verdict,
             "why": self.why,
@@ -239,6 +239,8 @@ def _with_memory(ctx: Context, repair: Repair) -> Repair:
     plan = ctx.plan_on(repair.layout)
     found = replace(repair, micro_batch_size=plan.policy.micro_batch_size)
     with suppress(InputError):
+        for finding in stage_findings(plan.model, plan.layout, plan.policy):
+            raise finding.raised()
         peak = worst(memory(lower(plan))).total_bytes
         return replace(found, peak_memory_bytes=peak, fits=peak <= ctx.cluster.gpu.memory)
     return found
@@ -292,28 +294,4 @@ def _same(stated: float, computed: float, figure: Figure, kind: FigureKind) -> b
     if kind.exact:
         return isclose(stated, computed, rel_tol=1e-9)
     allowed = (figure.tolerance or RELATIVE_TOLERANCE) * abs(computed)
-    return abs(stated - computed) <= max(allowed, _half_last_digit(figure, stated)) * (1 + 1e-9)
-
-
-def _half_last_digit(figure: Figure, stated: float) -> float:
-    """Half of the last digit that the document printed, in SI units.
-
-    `58.6 MB` is printed to 0.1 MB, `16 ms` to 1 ms. A plain number has lost its trailing zeros on reading,
-    so at least two of its digits count: 47e9 is printed to 1e9, and so is 30e9.
-    """
-    if stated == 0:
-        return 0.0
-    if isinstance(figure.value, str):
-        match = PRINTED.match(figure.value)
-        if match is None:
-            return 0.0
-        decimals, exponent = match.groups()
-        number = float(match.group(0))
-        step = 10.0 ** (int(exponent or 0) - len(decimals or ""))
-        return 0.5 * step * abs(stated / number) if number else 0.0
-    _, digits, power = Decimal(repr(stated)).normalize().as_tuple()
-    step = 10.0 ** (int(power) - (len(digits) < 2))
-    return 0.5 * step
-
-
-PRINTED = re.compile(r"\s*[+-]?\d*(?:\.(\d*))?(?:[eE]([+-]?\d{1,3}))?")
+    return abs(stated - computed) <= max(allowed, half_last_digit(figure, stated)) * (1 + 1e-9)

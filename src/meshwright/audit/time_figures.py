@@ -1,18 +1,32 @@
-"""Figures of speed: what compute alone bounds, and what the step-time model gives with its interval."""
+"""Figures of speed: what the step-time model gives at each sequence length, and what compute alone bounds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from meshwright.audit.answer import Answer, Computed, Verdict
+from meshwright.audit.answer import Answer, AtLength
 from meshwright.audit.context import Context
-from meshwright.audit.step_time import longest_reached, smaller_plan, step_times
+from meshwright.audit.lengths import Curve, judged, sampled
+from meshwright.audit.rounding import slack
+from meshwright.audit.speed import (
+    Step,
+    interval_words,
+    length_step,
+    lengths_spoken_of,
+    on_fewer_gpus,
+    ratio_of_steps,
+    ratio_words,
+    step_at,
+    step_time_of,
+)
 from meshwright.claims import Figure
+from meshwright.errors import InputError
 from meshwright.units import FLOPS_PER_S, FRACTION, SECONDS, format_count
 
 STATED_SHARE = replace(FRACTION, smallest=0.0, largest=100.0)
 """A document may state 0 % bubble, and a memory utilization above 100 %: figures are judged, not refused."""
+Words = Callable[[float], str]
 
 
 def effective_flops(ctx: Context, figure: Figure) -> Answer:
@@ -32,139 +46,173 @@ def _stated_efficiency(ctx: Context) -> float | None:
 
 
 def step_time(ctx: Context, figure: Figure) -> Answer:
-    """Seconds of a step: the model's, and before it what compute alone rules out."""
+    """Seconds of a step on the audited layout; what compute alone takes longer for is impossible."""
     stated = SECONDS.parse(figure.value, figure.id)
-    low, high = _lengths(ctx, figure)
-    bounds = {length: ctx.compute_bound_s(length) for length in dict.fromkeys((low, high))}
+    low, high = lengths_spoken_of(ctx, figure)
+    bounds = {length: ctx.bound_s(figure, length) for length in dict.fromkeys((low, high))}
     words = " and ".join(f"{SECONDS.format(bound)} at {length:,}" for length, bound in bounds.items())
     bound = f"Compute alone takes at least {words} tokens, all GPUs at peak"
     impossible = bounds[low] > stated
     if impossible:
         bound += f": {SECONDS.format(stated)} is impossible at every length."
     else:
-        bound += f"{_ruled_out(ctx, stated, low, high)}."
-    found = step_times(ctx, figure, (low, high))
-    answer = _judged(ctx, figure, stated, found.at, SECONDS.format, f"{_priced(ctx)} {found.words}. {bound}")
-    if answer.verdict == "undetermined":
-        longest = longest_reached(ctx, figure, lambda one: one.low <= stated)
-        answer = replace(answer, why=f"{answer.why} It can be reached up to about {longest:,} tokens.")
+        bound += f"{_ruled_out(ctx, figure, stated)}."
+
+    def curve(length: int) -> AtLength:
+        return step_at(ctx, figure, length).at
+
+    answer = _answer(ctx, figure, stated, curve, _seconds, "A step takes")
+    if answer.by_length:
+        answer = replace(answer, why=f"{answer.why} {_most_of(step_at(ctx, figure, high))}")
     return replace(
         answer,
-        formula="the step-time model on the audited layout; model FLOPs / (GPUs · peak) <= step time",
+        formula="tasks priced by the step-time model; model FLOPs / (GPUs · peak) <= step time",
+        why=f"{answer.why} {bound}",
         impossible=impossible,
     )
 
 
-def _priced(ctx: Context) -> str:
-    flat = " with the efficiencies that the file states," if _stated_efficiency(ctx) is not None else ""
-    return f"Priced on {ctx.layout_words}{flat} launches of ops included:"
+_PARTS = {"bubble": "the pipeline's bubble", "host": "waiting for launches", "compute": "compute"}
 
 
-def _judged(
-    ctx: Context,
-    figure: Figure,
-    stated: float,
-    at: tuple[Computed, ...],
-    form: Callable[[float], str],
-    why: str,
-) -> Answer:
-    """A figure with an interval at each of its lengths: it holds inside all of them, fails outside all, and
-    is open where that depends on the length."""
-    inside = [one.holds(stated) for one in at]
-    verdict: Verdict = "holds" if all(inside) else "undetermined" if any(inside) else "fails"
-    words = "; ".join(
-        f"{form(one.value)} ({form(one.low)} to {form(one.high)}) at {one.sequence_length:,} tokens"
-        for one in at
-    )
-    if verdict == "undetermined":
-        words += f", so that {form(stated)} depends on the length"
-    return Answer(at[-1].value, "", f"{words}. {why}", by_length=at, verdict=verdict)
+def _most_of(step: Step) -> str:
+    """The largest parts of a step, in words."""
+    parts = sorted(step.parts.items(), key=lambda part: -part[1])[:3]
+    words = [
+        f"{_PARTS.get(name, name if name in ('optimizer', 'other') else f'{name} communication')} "
+        f"{_seconds(seconds)}"
+        for name, seconds in parts
+        if seconds > 0.01 * step.at.value
+    ]
+    return f"Most of it at {step.at.sequence_length:,} tokens: {', '.join(words)}."
 
 
-def _lengths(ctx: Context, figure: Figure) -> tuple[int, int]:
-    """Shortest and longest sequence that a figure speaks of."""
-    own = figure.at.sequence_length
-    return (own, own) if own else (ctx.workload.min_sequence_length, ctx.workload.max_sequence_length)
-
-
-def _ruled_out(ctx: Context, stated: float, low: int, high: int) -> str:
+def _ruled_out(ctx: Context, figure: Figure, stated: float) -> str:
     """The lengths at which compute at peak, or at the stated efficiency, already takes longer."""
+    low, high = lengths_spoken_of(ctx, figure)
     parts = []
     share = _stated_efficiency(ctx)
     for efficiency, words in ((1.0, ""), (share, f" at the stated {100 * share:g} %" if share else "")):
-        if efficiency is None or ctx.compute_bound_s(high, efficiency) <= stated:
+        if efficiency is None or ctx.bound_s(figure, high, efficiency) <= stated:
             continue
-        longest = ctx.longest_length_within(stated, efficiency)
+        longest = ctx.longest_length_within(figure, stated, efficiency)
         parts.append(f"at every length{words}" if longest < low else f"above {longest:,} tokens{words}")
     return f": impossible {', and '.join(parts)}" if parts else ""
 
 
 def sequences_per_s(ctx: Context, figure: Figure) -> Answer:
-    """Sequences per second: the batch over the model's step time."""
-    formula, batch = "global_batch_size / step time", ctx.workload.global_batch_size
-    stated = float(figure.value) if isinstance(figure.value, int | float) else 0.0
-    lengths = _lengths(ctx, figure)
-    most = batch / ctx.compute_bound_s(lengths[0])
-    found = step_times(ctx, figure, lengths)
-    why = f"{batch} sequences per step over the step time. {_priced(ctx)} {found.words}."
-    if stated > most:
-        why += f" Compute alone allows at most {most:,.4g} sequences/s at {lengths[0]:,} tokens."
-    at = found.mapped(lambda length, seconds: batch / seconds)
-    answer = _judged(ctx, figure, stated, at, format_count, why)
-    return replace(answer, formula=formula, impossible=stated > most)
+    """Sequences of a step over its time; more than compute alone allows is impossible."""
+    stated = figure.value if isinstance(figure.value, float) else 0.0
+    low, _ = lengths_spoken_of(ctx, figure)
+    batch = ctx.batch_of(figure)
+    most = batch / ctx.bound_s(figure, low)
+
+    def curve(length: int) -> AtLength:
+        at = step_at(ctx, figure, length).at
+        return AtLength(length, batch / at.value, batch / at.high, batch / at.low)
+
+    answer = _answer(ctx, figure, stated, curve, _rate, f"Steps of {batch:,} sequences make, per second,")
+    why, impossible = answer.why, stated > most
+    if impossible:
+        why += f" Compute alone allows at most {most:,.4g} sequences/s at {low:,} tokens."
+    return replace(answer, formula="global_batch_size / step time", why=why, impossible=impossible)
 
 
 def mfu(ctx: Context, figure: Figure) -> Answer:
-    """Model FLOPs utilization that the model's step time means."""
-    formula = "model FLOPs / (GPUs · peak · step time)"
+    """Model FLOPs utilization of a whole step; above 100 % is impossible."""
     stated = _share(figure)
-    found = step_times(ctx, figure, _lengths(ctx, figure))
-    at = found.mapped(lambda length, seconds: ctx.compute_bound_s(length) / seconds)
-    answer = _judged(ctx, figure, stated, at, _percent, f"{_priced(ctx)} {found.words}.")
-    claimed = ctx.stated_step_time_s()
-    if claimed is not None:
-        shares = {n: ctx.compute_bound_s(n) / claimed for n in (one.sequence_length for one in at)}
-        words = " and ".join(f"{_percent(share)} at {n:,} tokens" for n, share in shares.items())
-        answer = replace(answer, why=f"{answer.why} The stated {SECONDS.format(claimed)} would mean {words}.")
+
+    def curve(length: int) -> AtLength:
+        at, bound = step_at(ctx, figure, length).at, ctx.bound_s(figure, length)
+        return AtLength(length, bound / at.value, bound / at.high, bound / at.low)
+
+    answer = _answer(ctx, figure, stated, curve, _percent, "A step reaches")
+    formula = "model FLOPs / (GPUs · peak · step time)"
     return replace(answer, formula=formula, impossible=stated > 1)
 
 
 def bandwidth_utilization(ctx: Context, figure: Figure) -> Answer:
-    why = "It is an input of the step-time model here, not a result; it cannot exceed 100 %."
+    """Never computed: a share of which bandwidth, while what runs, a document would have to say."""
+    stated = ctx.cluster.efficiency is not None and ctx.cluster.efficiency.bandwidth is not None
+    why = "Of which bandwidth, and while what runs, is not said; it cannot exceed 100 %."
+    if stated:
+        why = "It prices memory and links here, so nothing is left to hold it against."
     return Answer(None, "bytes moved / (bandwidth · time)", why, _share(figure) > 1)
 
 
 def strong_scaling_efficiency(ctx: Context, figure: Figure) -> Answer:
-    """GPU-seconds of the same batch on fewer GPUs over those on all: data parallelism alone shrinks.
+    """GPU-seconds of a step on a part of the cluster over those on all of it, for the same global batch."""
+    formula = "step time on few GPUs · few / (step time on all · all)"
+    plan, _ = ctx.plan_for(figure)
+    fewer = on_fewer_gpus(plan)
+    few, all_ = fewer.cluster.num_gpus, plan.cluster.num_gpus
+    steps: dict[int, Step] = {}
 
-    Both are priced by one model, so that their ratio is surer than each of them: half of the interval's width
-    is taken for it, which is assumed.
-    """
-    from meshwright.planner.estimate import estimate
-    from meshwright.planner.interval import width_of
+    def few_at(length: int) -> Step:
+        if length not in steps:
+            steps[length] = step_time_of(fewer, length)
+        return steps[length]
 
-    formula = "step time on few GPUs · few / (step time on many · many)"
-    plan = ctx.plan_for(figure)[0]
-    fewer = smaller_plan(plan)
-    if fewer is None:
-        return Answer(None, formula, "No smaller cluster keeps the layout with less data parallelism.")
-    factor = width_of(plan.model, plan.cluster, plan.policy.engine).factor ** 0.5
-    few, many = fewer.cluster.num_gpus, plan.cluster.num_gpus
-    at = []
-    for length in dict.fromkeys(_lengths(ctx, figure)):
-        times = [estimate(one, sequence_length=length).total_s for one in (fewer, plan)]
-        share = times[0] * few / (times[1] * many)
-        at.append(Computed(length, share, share / factor, share * factor))
-    why = f"From {few} to {many} GPUs with the same batch of {plan.workload.global_batch_size} sequences, "
-    why += f"DP {fewer.layout.dp} to {plan.layout.dp} and {fewer.num_micro_batches} to "
-    why += (
-        f"{plan.num_micro_batches} micro-batches. One model prices both: half the interval's width, assumed."
-    )
-    return replace(_judged(ctx, figure, _share(figure), tuple(at), _percent, why), formula=formula)
+    def curve(length: int) -> AtLength:
+        return ratio_of_steps(plan, few_at(length), few, step_at(ctx, figure, length), all_)
+
+    subject = f"{all_:,} GPUs against {few:,} reach"
+    answer = _answer(ctx, figure, _share(figure), curve, _percent, subject, ratio_words(plan))
+    changes = [
+        f"{axis.upper()} {plan.layout.size(axis)} -> {fewer.layout.size(axis)}"
+        for axis in ("dp", "pp", "ep")
+        if plan.layout.size(axis) != fewer.layout.size(axis)
+    ]
+    counts = f"{fewer.num_micro_batches} micro-batches instead of {plan.num_micro_batches}"
+    lengths = dict.fromkeys(lengths_spoken_of(ctx, figure))
+    times = " and ".join(f"{_seconds(few_at(n).at.value)} at {n:,}" for n in lengths)
+    why = f"On {few:,} GPUs ({', '.join(changes)}, {counts}) a step takes {times} tokens."
+    return replace(answer, formula=formula, why=f"{answer.why} {why}")
+
+
+def _answer(
+    ctx: Context, figure: Figure, stated: float, curve: Curve, words: Words, subject: str, rests: str = ""
+) -> Answer:
+    """A value that follows from a step time: at the ends of the range and at the figure's own length, with
+    the verdict over all lengths that the figure speaks of. Open where the plan breaks a rule. `rests` says
+    what the interval rests on, where that is not what a step time's does."""
+    low, high = lengths_spoken_of(ctx, figure)
+    try:
+        curve(high)
+    except InputError as error:
+        return Answer(None, "", f"No step time: {error}.")
+    step = length_step(ctx)
+    verdict, where = judged(curve, stated, slack(figure, stated), sampled(low, high, step), step)
+    ends = (ctx.workload.min_sequence_length, ctx.workload.max_sequence_length)
+    by_length = tuple(curve(length) for length in sorted({low, high, *ends}))
+    spoken = [at for at in by_length if at.sequence_length in (low, high)]
+    why = f"{subject} {_at_lengths(spoken, words)}; {words(stated)} {where}."
+    why += f" {rests or interval_words(ctx, figure)}"
+    return Answer(curve(high).value, "", why, by_length=by_length, verdict=verdict)
+
+
+def _at_lengths(at: Sequence[AtLength], words: Words) -> str:
+    texts = [f"{words(a.value)} ({_range(a.low, a.high, words)}) at {a.sequence_length:,}" for a in at]
+    return f"{' and '.join(texts)} tokens"
+
+
+def _range(low: float, high: float, words: Words) -> str:
+    """Two values, their unit once where it is the same."""
+    first, second = words(low), words(high)
+    number, _, unit = first.partition(" ")
+    return f"{number}–{second}" if unit == second.partition(" ")[2] else f"{first} – {second}"
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
+
+
+def _rate(value: float) -> str:
+    return format_count(float(f"{value:.3g}"))
+
+
+def _seconds(value: float) -> str:
+    return SECONDS.format(float(f"{value:.3g}"))
 
 
 def _share(figure: Figure) -> float:

@@ -131,10 +131,10 @@ def _show_reasons(claims: Sequence[Checked], console: Console) -> None:
     said: set[str] = set()
     for verdict in ("fails", "undetermined"):
         for checked, count in _grouped(c for c in claims if c.verdict == verdict):
-            first, *others = re.split(r"(?<=\.) ", checked.why)
-            why = " ".join([first, *(sentence for sentence in others if sentence not in said)])
-            said.update((first, *others))
-            console.print(_reason(checked, why, _times(count)))
+            sentences = re.split(r"(?<=\.) ", checked.why)
+            unsaid = [sentence for sentence in sentences if sentence not in said]
+            said.update(sentences)
+            console.print(_reason(checked, " ".join(unsaid) or "as above.", _times(count)))
 
 
 def _reason(checked: Checked, why: str, times: str = "") -> Text:
