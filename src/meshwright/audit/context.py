@@ -47,6 +47,7 @@ class Context:
     repairs: tuple[Repair, ...] = ()
     steps: dict[tuple[Conditions, int], Step] = field(default_factory=dict)
     """Step times by conditions and sequence length, as far as somebody asked."""
+    _flops: dict[int, int] = field(default_factory=dict)
     _plans: dict[Conditions, tuple[Plan, Program]] = field(default_factory=dict)
     _memories: dict[Conditions, tuple[RankMemory, ...]] = field(default_factory=dict)
 
@@ -164,7 +165,9 @@ class Context:
         """Seconds that the FLOPs of a figure's step alone take on all GPUs at a share of their peak."""
         rate = self.cluster.gpu.peak_flops_per_s(self.workload.precision) * self.cluster.num_gpus * efficiency
         share = self.batch_of(figure) / self.workload.global_batch_size
-        return share * model_flops(self._whole_model, sequence_length) / rate
+        if sequence_length not in self._flops:
+            self._flops[sequence_length] = model_flops(self._whole_model, sequence_length)
+        return share * self._flops[sequence_length] / rate
 
     @cached_property
     def _whole_model(self) -> Plan:
