@@ -169,6 +169,12 @@ def plan(
         str | None,
         typer.Option(metavar="'step_time <= 16 ms'", help="The fewest GPUs that meet it."),
     ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="OTHER", help="Hold the best plan against this file's layout.")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="128,4096,…", help="Tokens to compare at (shortest and longest).")
+    ] = None,
     top: Annotated[int | None, typer.Option(metavar="N", help="Plans to list (10; 20 in JSON).")] = None,
     as_json: Json = False,
     output: Annotated[
@@ -180,11 +186,11 @@ def plan(
     from meshwright.planner.request import Request, answered
     from meshwright.terminal.progress import progress_bar
 
-    if file is not None:
-        guard_input(file, output)
-    request = Request(
-        file, model, gpu, gpus, batch, seq, explain, scaling, target, top, tuple(overrides or ())
-    )
+    for path in (file, against):
+        if path is not None:
+            guard_input(path, output)
+    asked = (explain, scaling, target, top, tuple(overrides or ()), against, lengths)
+    request = Request(file, model, gpu, gpus, batch, seq, *asked)
     with progress_bar() as progress:
         result = answered(request, progress)
     if output is not None and result.answer.best is None:

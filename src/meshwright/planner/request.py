@@ -9,6 +9,7 @@ from meshwright.deployment import Deployment
 from meshwright.errors import InputError
 from meshwright.plan import open_placement, write_plan
 from meshwright.planner.answer import TOP, Answer, Progress, plan_deployment, unwatched
+from meshwright.planner.compare import Compared, compare, other_plan, parse_lengths
 from meshwright.planner.explain import Explained, Remedy, explain, remedies
 from meshwright.planner.scaling import (
     AtCount,
@@ -38,6 +39,8 @@ class Request:
     target: str | None = None
     top: int | None = None
     overrides: tuple[str, ...] = ()
+    against: str | None = None
+    lengths: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Answered:
     scaling: tuple[AtCount, ...] | None = None
     target: TargetAnswer | None = None
     remedies: tuple[Remedy, ...] = ()
+    compared: Compared | None = None
 
     def document(self) -> dict[str, Any]:
         """All of it as JSON."""
@@ -60,6 +64,8 @@ class Answered:
             document["scaling"] = [row.document() for row in self.scaling]
         if self.target is not None:
             document["target"] = self.target.document()
+        if self.compared is not None:
+            document["against"] = self.compared.document()
         if self.remedies:
             document["remedies"] = [{"change": r.change, "feasible": r.feasible} for r in self.remedies]
         return document
@@ -80,6 +86,11 @@ def answered(request: Request, progress: Progress = unwatched) -> Answered:
         raise InputError("--top", top, f"between 1 and {MOST_PLANS} plans", [TOP])
     counts = None if request.scaling is None else parse_counts(request.scaling)
     target = None if request.target is None else parse_target(request.target)
+    if request.lengths is not None and request.against is None:
+        rule = "lengths are those of a comparison; name the file to compare with"
+        raise InputError("--lengths", request.lengths, rule, ["--against FILE"])
+    lengths = parse_lengths(request.lengths, deployment.workload)
+    other = None if request.against is None else other_plan(request.against, deployment)
     for count in counts or ():
         on_gpus(deployment, count, "--scaling")
     if request.explain is not None:
@@ -92,6 +103,8 @@ def answered(request: Request, progress: Progress = unwatched) -> Answered:
         result = replace(result, scaling=tuple(scaling(deployment, counts, progress)))
     if target is not None:
         result = replace(result, target=fewest_gpus(deployment, target, progress))
+    if other is not None and answer.best is not None:
+        result = replace(result, compared=compare(other.name, answer.best, other, lengths))
     if answer.best is None:
         result = replace(result, remedies=tuple(remedies(answer)))
     return result

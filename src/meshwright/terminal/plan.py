@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from meshwright.cost.memory import RankMemory, worst
-from meshwright.plan import Plan
 from meshwright.planner.answer import Answer
 from meshwright.planner.explain import Explained, Remedy
 from meshwright.planner.ranked import Ranked
@@ -21,6 +20,8 @@ from meshwright.planner.scaling import AtCount, TargetAnswer
 from meshwright.planner.search import MEMORY_STEPS
 from meshwright.terminal import printable
 from meshwright.terminal.audit import memory_table
+from meshwright.terminal.compare import show_comparison
+from meshwright.terminal.wording import CHOICE, choice, figures_table, interval
 from meshwright.units import BYTES, SECONDS
 
 SHOWN = 10
@@ -53,6 +54,8 @@ def show_plans(result: Answered, console: Console) -> None:
         _show_scaling(result.scaling, console)
     if result.target is not None:
         _show_target(result.target, console)
+    if result.compared is not None:
+        show_comparison(result.compared, console)
     _show_notes(answer, console)
 
 
@@ -73,80 +76,23 @@ def _summary(answer: Answer) -> str:
     return text
 
 
-def short_layout(plan: Plan) -> str:
-    """A layout in a few words: TP4 PP4×6 EP64, with what is 1 left out."""
-    layout = plan.layout
-    words = [f"TP{layout.tp}"] if layout.tp > 1 else []
-    words += [f"CP{layout.cp}"] if layout.cp > 1 else []
-    if layout.pp > 1:
-        words.append(f"PP{layout.pp}×{layout.vpp}" if layout.vpp > 1 else f"PP{layout.pp}")
-    words += [f"EP{layout.ep}"] if layout.ep > 1 else []
-    if layout.etp > 1 and layout.etp != layout.tp:
-        words.append(f"ETP{layout.etp}")
-    return " ".join([*words, f"DP{layout.dp}"])
-
-
-_SHORT_SCHEDULE: dict[str, str] = {
-    "Interleaved1F1B": "I1F1B",
-    "InterleavedZeroBubble": "IZB",
-    "ZBVZeroBubble": "ZBV",
-}
-
-
-def short_policy(plan: Plan) -> str:
-    """A policy in a few words; `SP` sequence parallelism, `rc` recompute, `+ov` expert overlap."""
-    policy, layout = plan.policy, plan.layout
-    words = [f"mbs{policy.micro_batch_size}"]
-    words += [_SHORT_SCHEDULE.get(policy.schedule, policy.schedule)] if layout.pp > 1 else []
-    words.append(f"ZeRO{policy.zero_stage}")
-    words += ["SP"] if policy.sequence_parallel and layout.tp > 1 else []
-    words += [f"{policy.recompute}-rc"] if policy.recompute != "none" else []
-    if layout.ep > 1:
-        words.append(policy.dispatcher + ("+ov" if policy.expert_overlap else ""))
-    return " ".join(words)
-
-
-def _interval(low_s: float, high_s: float) -> str:
-    """Two times in the unit of the larger."""
-    high = SECONDS.format(high_s)
-    number, unit = high.split()
-    scale = high_s / float(number)
-    return f"{low_s / scale:.4g}–{number} {unit}"
-
-
-_CHOICE = "layout and policy"
-
-
-def _table(*headings: str) -> Table:
-    """A table of figures; only its column of layouts and policies breaks, between words."""
-    table = Table(box=None, pad_edge=False, show_edge=False, header_style="dim")
-    for heading in headings:
-        words = heading == _CHOICE
-        table.add_column(heading, justify="left" if words else "right", no_wrap=not words)
-    return table
-
-
-def _choice(plan: Plan) -> str:
-    return f"{short_layout(plan)}  {short_policy(plan)}"
-
-
 def _show_ranking(answer: Answer, console: Console, shown: int) -> None:
     console.print()
     ends = list(answer.plans[0].at_ends)
     names = [f"at {length:,}" for length in ends]
-    table = _table("#", "step", "80 % interval", *names, "tokens/s/GPU", "MFU", "memory", _CHOICE)
+    table = figures_table("#", "step", "80 % interval", *names, "tokens/s/GPU", "MFU", "memory", CHOICE)
     tied = set(answer.ties[0]) if answer.ties and 0 in answer.ties[0] else {0}
     for position, ranked in enumerate(answer.plans[:shown]):
         low, high = ranked.interval_s
         table.add_row(
             f"{position + 1}{'=' if position in tied and len(tied) > 1 else ' '}",
             SECONDS.format(ranked.step_time_s),
-            _interval(low, high),
+            interval(low, high),
             *(SECONDS.format(ranked.at_ends[length]) for length in ends),
             f"{ranked.tokens_per_s / ranked.plan.cluster.num_gpus:,.0f}",
             f"{100 * ranked.mfu:.1f}%",
             BYTES.format(ranked.peak_memory_bytes),
-            _choice(ranked.plan),
+            choice(ranked.plan),
         )
     console.print(table)
     legend = "PP4×2: two chunks per rank. I1F1B, IZB: interleaved. rc: recompute, ov: expert overlap."
@@ -161,7 +107,7 @@ def _show_parts(plans: Sequence[Ranked], console: Console) -> None:
     console.print(
         Text("Where the time goes, in ms (communication that nothing hides, by axis)", style="bold")
     )
-    table = _table("#", *shown)
+    table = figures_table("#", *shown)
     for position, plan in enumerate(plans):
         table.add_row(str(position + 1), *(f"{1e3 * plan.step.parts[part]:,.1f}" for part in shown))
     console.print(table)
@@ -190,7 +136,7 @@ def _show_front(answer: Answer, console: Console) -> None:
         return
     console.print()
     console.print(Text(f"Less memory, more time (in {MEMORY_STEPS}ths of the GPU's memory)", style="bold"))
-    table = _table("memory", "step", _CHOICE)
+    table = figures_table("memory", "step", CHOICE)
     kept = (
         front if len(front) <= SHOWN else [front[i * (len(front) - 1) // (SHOWN - 1)] for i in range(SHOWN)]
     )
@@ -199,7 +145,7 @@ def _show_front(answer: Answer, console: Console) -> None:
         table.add_row(
             BYTES.format(point.peak_memory_bytes),
             SECONDS.format(point.step_time_s),
-            _choice(plan),
+            choice(plan),
         )
     console.print(table)
 
@@ -240,7 +186,7 @@ def _show_nothing_fits(answer: Answer, remedies: Sequence[Remedy], console: Cons
         Text.assemble(
             ("Nothing fits. ", "bold red"),
             f"The smallest needs {BYTES.format(near.peak_memory_bytes)} of {BYTES.format(capacity)} per GPU, "
-            f"{missing} too much: {_choice(near.plan)}.",
+            f"{missing} too much: {choice(near.plan)}.",
         )
     )
     console.print(_without_reasons(near.memory))
@@ -264,7 +210,7 @@ def _show_explained(explained: Explained, console: Console) -> None:
         plan = explained.plan
         console.print(
             f"  its best: {SECONDS.format(plan.step_time_s)}, {BYTES.format(plan.peak_memory_bytes)}, "
-            f"{_choice(plan.plan)}"
+            f"{choice(plan.plan)}"
         )
     if explained.by_part_s and explained.verdict == "slower":
         parts = {part: s for part, s in explained.by_part_s.items() if abs(s) > 0.5e-6}
@@ -274,7 +220,7 @@ def _show_explained(explained: Explained, console: Console) -> None:
 def _show_scaling(rows: Sequence[AtCount], console: Console) -> None:
     console.print()
     console.print(Text("Strong scaling: the same global batch, the best plan at each count", style="bold"))
-    table = _table("GPUs", "step", "80 % interval", "efficiency", _CHOICE)
+    table = figures_table("GPUs", "step", "80 % interval", "efficiency", CHOICE)
     for row in rows:
         if row.plan is None:
             table.add_row(f"{row.gpus:,}", "–", "–", "–", printable(row.why))
@@ -284,9 +230,9 @@ def _show_scaling(rows: Sequence[AtCount], console: Console) -> None:
         table.add_row(
             f"{row.gpus:,}",
             SECONDS.format(row.plan.step_time_s),
-            _interval(low, high),
+            interval(low, high),
             "–" if share is None else f"{100 * share:.1f}%",
-            _choice(row.plan.plan),
+            choice(row.plan.plan),
         )
     console.print(table)
 
@@ -301,12 +247,15 @@ def _show_target(answer: TargetAnswer, console: Console) -> None:
     plan, gpus = answer.nearest.plan, answer.nearest.gpus
     value = answer.target.reached(plan)
     shown = SECONDS.format(value) if answer.target.quantity == "step_time" else f"{value:,.4g}"
-    words = f"met with {gpus:,} GPUs" if answer.met else f"not met; {gpus:,} GPUs come nearest"
+    words = f"not met; {gpus:,} GPUs come nearest"
+    if answer.met:  # on the midpoint of the interval; surely only where its slow end meets it too
+        words = f"{'met' if answer.surely else 'likely met'} with {gpus:,} GPUs, the fewest of those tried"
     far = "" if answer.met else f", a factor {answer.target.factor(plan):.3g} away"
     console.print(
         Text.assemble(
             (f"Target {printable(answer.target.text)}: ", "bold"),
-            f"{words}: {shown}{far}. {_choice(plan.plan)}. Tried: {tried} GPUs.",
+            f"{words}: {shown}{far} (80 % interval of the step: {interval(*plan.interval_s)}). "
+            f"{choice(plan.plan)}. Tried: {tried} GPUs.",
         )
     )
 
