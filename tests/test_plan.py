@@ -15,7 +15,8 @@ from meshwright.plan import Plan, open_placement, read_plan, resolve, split_laye
 from meshwright.verify import require_valid
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
-PLANNED = [path for path in EXAMPLES if path.stem != "brief"]  # the brief's own layout cannot exist
+OPEN = {"brief", "brief-plan"}  # the brief's own layout cannot exist; the other leaves it to a search
+PLANNED = [path for path in EXAMPLES if path.stem not in OPEN]
 
 
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)

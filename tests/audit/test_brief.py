@@ -159,6 +159,8 @@ def test_json_document_has_the_contract_keys(brief: AuditReport) -> None:
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_example_audits(path: Path) -> None:
     report = audit(read_deployment(path))
-    if path.stem != "brief":
+    if path.stem == "brief-plan":  # its layout is left open, and what stands for it by default is impossible
+        assert report.nearest_layouts
+    elif path.stem != "brief":
         assert report.holds, [c.why for c in report.claims if c.verdict == "fails"]
         assert max(rank.total_bytes for rank in report.memory) <= report.cluster.gpu.memory

@@ -13,7 +13,8 @@ from meshwright.plan import read_plan
 from meshwright.planner.answer import plan_deployment
 from meshwright.planner.request import Answered, Request, answered
 from meshwright.terminal import rendered
-from meshwright.terminal.plan import short_layout, short_policy, show_plans
+from meshwright.terminal.plan import show_plans
+from meshwright.terminal.wording import short_layout, short_policy
 
 FILE = """
 name: small
