@@ -346,3 +346,14 @@ def test_fixing_replaces_what_the_file_says_and_opens_what_is_none() -> None:
     given = deployment("moe", layout={"tp": 2, "pp": 2})
     changed = fixing(given, {"layout.tp": 4, "layout.pp": None, "policy.recompute": "full"})
     assert (changed.layout.tp, changed.layout.pp, changed.policy.recompute) == (4, None, "full")
+
+
+def test_the_smallest_of_all_is_no_larger_than_the_smallest_of_a_part() -> None:
+    def smallest(*overrides: str) -> int:
+        asked = described("qwen3-30b-a3b", "h100-sxm", 7, 256, 4096, overrides)[0]
+        answer = plan_deployment(asked, 1)
+        assert answer.nearest is not None, "nothing fits 7 GPUs"
+        return answer.nearest.peak_memory_bytes
+
+    schedules = ("GPipe", "1F1B", "ZBVZeroBubble")
+    assert smallest() <= min(smallest(f"policy.schedule={name}") for name in schedules)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from math import exp, log
+from pathlib import Path
 
 import pytest
 from tests.validate.run_rows import EXPERTS, row_of
 from tests.validate.synthetic import run_of
 
 from meshwright.plan import Plan
-from meshwright.planner.interval import UNMEASURED, group_of, half_width_of, interval, residuals, width_of
-from meshwright.validate.described import GROUPS
+from meshwright.planner.interval import (
+    MOST_GPUS,
+    UNMEASURED,
+    group_of,
+    half_width_of,
+    interval,
+    residuals,
+    width_of,
+)
+from meshwright.validate.described import GROUPS, read_runs
+
+RUNS = Path(__file__).parents[2] / "benchmarks/accuracy/training_runs.csv"
 
 
 def plan_of(**given: object) -> Plan:
@@ -50,6 +61,25 @@ def test_an_interval_is_wider_where_no_run_was_measured() -> None:
     assert f"within a factor {exp(known.half_width):.2f}" in known.words
     native = width_of(plan.model, plan.cluster, "native")
     assert native.half_width == pytest.approx(UNMEASURED * known.half_width)
-    assert "no run of the native engine has been measured" in native.words
+    assert "no dense run of the native engine has been measured" in native.words
     other = plan.cluster.model_copy(update={"gpu": plan.cluster.gpu.model_copy(update={"name": "mi300x"})})
     assert "no run on mi300x has been measured" in width_of(plan.model, other, "megatron").words
+
+
+def test_an_engine_and_a_size_count_as_measured_for_the_runs_that_a_plan_is_like() -> None:
+    dense, experts = plan_of(), plan_of(**EXPERTS)
+    assert width_of(dense.model, dense.cluster, "deepspeed").wider == ()
+    assert width_of(experts.model, experts.cluster, "megatron").wider == ()
+    (why,) = width_of(experts.model, experts.cluster, "deepspeed").wider
+    assert "no MoE run of the deepspeed engine" in why
+    many = experts.cluster.model_copy(update={"nodes": 64})
+    (why,) = width_of(experts.model, many, "megatron").wider
+    assert "more than 256 GPUs" in why
+
+
+def test_the_largest_measured_runs_are_those_of_the_table() -> None:
+    most = dict.fromkeys(MOST_GPUS, 0)
+    for run in read_runs(RUNS).runs:
+        if run.group in most and run.row.num_gpus:
+            most[run.group] = max(most[run.group], run.row.num_gpus)
+    assert most == MOST_GPUS

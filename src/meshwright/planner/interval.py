@@ -48,9 +48,16 @@ def group_of(model: Model, cluster: Cluster) -> str:
 
 
 UNMEASURED = 2.0
-"""How much wider an interval is, in logarithms, where no run of the engine or of the GPU's generation has
-been measured, or the file states what kernels reach: assumed."""
-MEASURED_ENGINES = ("megatron", "torchtitan", "deepspeed")
+"""How much wider an interval is, in logarithms, where no run of the engine, of the GPU's generation or on so
+many GPUs has been measured, or the file states what kernels reach: assumed."""
+MEASURED_ENGINES: Mapping[str, tuple[str, ...]] = {
+    "dense": ("megatron", "torchtitan", "deepspeed"),
+    "moe_full": ("megatron",),
+    "moe_efa": ("megatron",),
+}
+"""Engines with measured runs in each group of them."""
+MOST_GPUS: Mapping[str, int] = {"dense": 16384, "moe_full": 256, "moe_efa": 256}
+"""GPUs of the largest measured run of each group (benchmarks/accuracy/training_runs.csv)."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,9 @@ class Width:
     @property
     def words(self) -> str:
         """What the interval rests on."""
-        text = f"80 % of measured {self.group} runs lie within a factor {exp(half_width_of(self.group)):.2f}"
+        rows, most = residuals()[self.group].rows, MOST_GPUS[self.group]
+        text = f"80 % of {rows} measured {self.group} runs (at most {most:,} GPUs) lie within a factor "
+        text += f"{exp(half_width_of(self.group)):.2f}"
         if not self.wider:
             return text
         return f"{text}; taken here: {self.factor:.2f}, assumed, because {' and '.join(self.wider)}"
@@ -79,8 +88,11 @@ def width_of(model: Model, cluster: Cluster, engine: EngineName) -> Width:
     """The width of the interval of plans of a model on a cluster with an engine."""
     group = group_of(model, cluster)
     wider = []
-    if engine not in MEASURED_ENGINES:
-        wider.append(f"no run of the {engine} engine has been measured")
+    kind = "MoE" if model.is_moe else "dense"
+    if engine not in MEASURED_ENGINES[group]:
+        wider.append(f"no {kind} run of the {engine} engine has been measured with its settings stated")
+    if cluster.num_gpus > MOST_GPUS[group]:
+        wider.append(f"no such run on more than {MOST_GPUS[group]:,} GPUs has been measured")
     if cluster.efficiency is not None and cluster.efficiency.compute is not None:
         wider.append("the file states what kernels reach")
     elif generation_of(cluster.gpu.name) == "other":

@@ -143,12 +143,19 @@ class TargetAnswer:
     nearest: AtCount | None
     tried: tuple[AtCount, ...]
 
+    @property
+    def surely(self) -> bool:
+        """Whether the slow end of the plan's 80 % interval meets the target too."""
+        plan = None if self.nearest is None else self.nearest.plan
+        return plan is not None and self.target.factor(plan) * plan.interval_s[1] <= plan.step_time_s
+
     def document(self) -> dict[str, Any]:
         """The answer as JSON."""
         plan = None if self.nearest is None else self.nearest.plan
         return {
             "target": self.target.text,
             "met": self.met,
+            "surely": self.surely,
             "gpus": None if self.nearest is None else self.nearest.gpus,
             "value": None if plan is None else self.target.reached(plan),
             "factor": None if plan is None else self.target.factor(plan),

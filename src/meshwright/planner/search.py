@@ -36,6 +36,9 @@ AT_LEAST = 2**18
 one."""
 AHEAD = 64
 """Candidates of each step of memory that are priced at once when the fastest of each is looked for."""
+LOOKED = 4096
+"""Candidates of one pipeline and choice whose whole memory is looked at, where their model states alone are
+too much, for what needs least."""
 MEMORY_STEPS = 64
 """Steps of the GPU's memory at each of which the fastest candidate is kept."""
 
@@ -185,8 +188,9 @@ class Search:
             wanted = np.any([offered[choice][able] for choice in alike], axis=0)
             rows = able[wanted & (states <= capacity)]
             used = fitting.worst_bytes(stages, alike[0], rows)
-            least = (rows, used) if len(rows) else (able[wanted], states[wanted])
-            self._note_nearest(pipeline, alike[0], *least)
+            self._note_nearest(pipeline, alike[0], rows, used)
+            if not len(rows):
+                self._look_beyond(fitting, stages, alike[0], able[wanted], states[wanted])
             for choice in alike:
                 fits = (used <= capacity) & offered[choice][rows]
                 if fits.any():
@@ -195,13 +199,25 @@ class Search:
                     yield _Batch(pipeline, choice, mine.astype(np.int32), used[fits], bounds)
 
     def _note_nearest(self, pipeline: Pipeline, choice: Choice, rows: Array, used: Array) -> None:
-        """Remember what needs least memory; only its model states where those alone are too much."""
+        """Remember what needs least memory."""
         if not len(rows):
             return
         least = int(used.argmin())
         if self._nearest is None or used[least] < self._nearest.peak_memory_bytes:
             found = Candidate(pipeline, choice, int(rows[least]))
             self._nearest = Priced(found, float("inf"), int(used[least]))
+
+    def _look_beyond(
+        self, fitting: Fitting, stages: Stages, choice: Choice, rows: Array, states: Array
+    ) -> None:
+        """Among candidates whose model states alone do not fit, what needs least memory in all: of those with
+        the smallest states, as many as LOOKED, that could still need less than the least so far."""
+        if self._nearest is not None:
+            below = states < self._nearest.peak_memory_bytes
+            rows, states = rows[below], states[below]
+        rows = rows[np.argsort(states, kind="stable")[:LOOKED]]
+        if len(rows):
+            self._note_nearest(stages.pipeline, choice, rows, fitting.worst_bytes(stages, choice, rows))
 
     def _price_what_counts(self, points: Points) -> None:
         """Price the lowest bounds, then all that could be among the best or within reach, then all that could

@@ -14,7 +14,7 @@ from rich.text import Text
 from meshwright.cost.memory import RankMemory, worst
 from meshwright.planner.answer import Answer
 from meshwright.planner.explain import Explained, Remedy
-from meshwright.planner.ranked import Ranked
+from meshwright.planner.ranked import MEMORY_ERROR, Ranked
 from meshwright.planner.request import Answered
 from meshwright.planner.scaling import AtCount, TargetAnswer
 from meshwright.planner.search import MEMORY_STEPS
@@ -28,6 +28,7 @@ SHOWN = 10
 """Plans in the table unless told otherwise."""
 _REASONS = 6
 _UNMEASURED = 5
+_ROOM = "Where that is too close, take one that needs less, below."
 _PARTS = ("compute", "tp", "cp", "ep", "etp", "dp", "pp", "host", "bubble", "optimizer", "other")
 
 
@@ -121,6 +122,10 @@ def _show_memory(best: Ranked, console: Console) -> None:
         Text(f"Memory of the first: pipeline rank {peak.pp_rank} needs most, {share}", style="bold")
     )
     console.print(_without_reasons(best.memory))
+    if best.tight:
+        taken = 100 * peak.total_bytes / capacity
+        text = f"warning: {taken:.1f} % of the GPU is taken, and {MEMORY_ERROR}: it may run out of memory."
+        console.print(Text(f"{text} {_ROOM}", style="yellow"))
 
 
 def _without_reasons(ranks: Sequence[RankMemory]) -> Table:

@@ -167,11 +167,15 @@ def _whole(cell: str) -> int | None:
     return int(number)
 
 
+_SMALLEST, _LARGEST = 1e-6, 1e15
+"""What a measured time, rate or number of gigabytes may be: nothing that ran measures 0."""
+
+
 def _real(cell: str) -> float | None:
     if not cell:
         return None
     number = float(cell)
-    if not 0 <= number < float("inf"):
+    if not _SMALLEST <= number <= _LARGEST:
         raise ValueError(cell)
     return number
 
@@ -193,4 +197,9 @@ _READERS: dict[str, Callable[[str], object]] = {
     "float | None": _real,
     "bool | None": _yes,
 }
-_KINDS = {"str": "text", "int | None": "whole number", "float | None": "number", "bool | None": "y or n"}
+_KINDS = {
+    "str": "text",
+    "int | None": "whole number",
+    "float | None": "positive number",
+    "bool | None": "y or n",
+}
