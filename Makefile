@@ -20,7 +20,7 @@ help:  ## this list
 
 setup: $(FULL)  ## .venv with everything: torch, tests, checks, docs
 
-setup-light: $(LIGHT)  ## .venv with what audit and groups need: no torch
+setup-light: $(LIGHT)  ## .venv with what audit, groups, plan and validate need: no torch
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
@@ -36,11 +36,15 @@ $(FULL): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -c constraints.txt -e '.[train,test,dev,docs]'
 	@touch $(LIGHT) $@
 
-demo: $(LIGHT)  ## audit the brief, then print the groups of the repaired layout
+LENGTHS := 128,1024,4096,10240
+
+demo: $(LIGHT)  ## audit the brief, print the groups of the repaired layout, then plan the brief's cluster
 	@echo '$$ meshwright audit examples/brief.yaml'
 	@$(BIN)/meshwright audit examples/brief.yaml
 	@echo '$$ meshwright groups examples/brief-repaired.yaml'
 	@$(BIN)/meshwright groups examples/brief-repaired.yaml
+	@echo '$$ meshwright plan examples/brief-plan.yaml --against examples/brief-repaired.yaml --lengths $(LENGTHS)'
+	@$(BIN)/meshwright plan examples/brief-plan.yaml --against examples/brief-repaired.yaml --lengths $(LENGTHS)
 
 test: $(FULL)  ## all tests that need no GPU
 	$(BIN)/pytest -n $(WORKERS) -m "not gpu"

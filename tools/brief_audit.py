@@ -1,4 +1,5 @@
-"""Write docs/brief-audit.md: every figure of examples/brief.yaml with its verdict, and what can exist.
+"""Write docs/brief-audit.md: every figure of examples/brief.yaml with its verdict, what can exist, and what a
+search finds on the same machines.
 
 Run with --check to fail when the page is not what the code and the examples give today.
 """
@@ -11,12 +12,18 @@ from pathlib import Path
 
 import jinja2
 
-from meshwright.audit import audit
+from meshwright.audit import AuditReport, Checked, audit
 from meshwright.deployment import read_deployment
-from meshwright.units import BYTES
+from meshwright.planner.compare import Compared
+from meshwright.planner.request import Request, answered
+from meshwright.terminal.audit import said_once
+from meshwright.terminal.compare import verdict
+from meshwright.terminal.wording import interval, short_layout, short_policy
+from meshwright.units import BYTES, SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "brief-audit.md"
+LENGTHS = "128,1024,4096,10240"
 SIGNS = {"holds": "✓ holds", "fails": "✗ fails", "undetermined": "? undetermined"}
 
 
@@ -31,6 +38,7 @@ def page() -> str:
     names = {line.name: line for rank in reversed(brief.memory) for line in reversed(rank.lines)}
     return template.render(
         brief=brief,
+        whys=_whys(brief),
         variant=variant,
         counts=brief.counts(),
         lines=list(reversed(names.values())),
@@ -38,7 +46,38 @@ def page() -> str:
         signs=SIGNS,
         size=BYTES.format,
         words=_words,
+        speed=_speed(brief),
+        compared=_compared(),
+        seconds=SECONDS.format,
+        interval=interval,
+        faster=verdict,
+        short_layout=short_layout,
+        short_policy=short_policy,
     )
+
+
+def _whys(report: AuditReport) -> list[str]:
+    """The reason of each figure, without sentences that an earlier one has."""
+    said: set[str] = set()
+    return [said_once(checked.why, said) for checked in report.claims]
+
+
+def _speed(report: AuditReport) -> list[Checked]:
+    """The first statement of each figure that has a value by length."""
+    found: dict[str, Checked] = {}
+    for checked in report.claims:
+        if checked.by_length:
+            found.setdefault(checked.figure.id, checked)
+    return list(found.values())
+
+
+def _compared() -> Compared:
+    """The planned layout of examples/brief-plan.yaml against examples/brief-repaired.yaml."""
+    files = {name: str(ROOT / "examples" / f"brief-{name}.yaml") for name in ("plan", "repaired")}
+    result = answered(Request(file=files["plan"], against=files["repaired"], lengths=LENGTHS, top=1))
+    if result.compared is None:
+        raise SystemExit("nothing fits for examples/brief-plan.yaml")
+    return result.compared
 
 
 def _cell(text: str) -> str:

@@ -131,10 +131,15 @@ def _show_reasons(claims: Sequence[Checked], console: Console) -> None:
     said: set[str] = set()
     for verdict in ("fails", "undetermined"):
         for checked, count in _grouped(c for c in claims if c.verdict == verdict):
-            sentences = re.split(r"(?<=\.) ", checked.why)
-            unsaid = [sentence for sentence in sentences if sentence not in said]
-            said.update(sentences)
-            console.print(_reason(checked, " ".join(unsaid) or "as above.", _times(count)))
+            console.print(_reason(checked, said_once(checked.why, said), _times(count)))
+
+
+def said_once(why: str, said: set[str]) -> str:
+    """A reason without the sentences in `said`, where its own are put."""
+    sentences = re.split(r"(?<=\.) ", why)
+    unsaid = [sentence for sentence in sentences if sentence not in said]
+    said.update(sentences)
+    return " ".join(unsaid) or "As above."
 
 
 def _reason(checked: Checked, why: str, times: str = "") -> Text:

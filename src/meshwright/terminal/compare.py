@@ -25,8 +25,11 @@ def show_comparison(compared: Compared, console: Console) -> None:
         sides = (text for timed in (pair.planned, pair.against) for text in _timed(timed))
         table.add_row(tokens, *sides, f"{pair.ratio:.2f}", verdict(pair, name))
     console.print(table)
-    text = "tie: the intervals overlap, so that the model cannot tell which is faster. ratio: "
-    console.print(Text(f"{text}{name} over planned.", style="dim"))
+    ties = [pair for pair in compared.pairs if pair.tie]
+    text = "tie: the intervals overlap, so that the model cannot tell which is faster."
+    if not ties:
+        text = "The intervals overlap at none of these lengths: the two are apart."
+    console.print(Text(f"{text} ratio: {name} over planned.", style="dim"))
     if compared.defaults:
         taken = [f"{key} {why.partition(':')[0]}" for key, why in compared.defaults.items()]
         console.print(Text(printable(f"Not in {name}, taken: {', '.join(taken)}."), style="dim"))
