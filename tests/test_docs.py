@@ -22,6 +22,8 @@ from meshwright.ir.schedule import bubble_slots, build_schedule, peak_in_flight
 from meshwright.ir.sharding import local_numel
 from meshwright.ir.tasks import CommTask
 from meshwright.plan import resolve
+from meshwright.planner.estimate import estimate
+from meshwright.planner.interval import interval
 from meshwright.policy import SCHEDULES
 from meshwright.verify import verify
 
@@ -191,6 +193,25 @@ def test_worked_memory(program: Program, page: str) -> None:
     shown.append(f"{fused.saved_bytes / unit_bytes:.2f} units")
     assert [text for text in shown if text not in page] == []
     assert (first.num_in_flight, last.num_in_flight) == (2, 1)
+
+
+def test_worked_step_time(program: Program, page: str) -> None:
+    section = page.split("## 8.")[1].split("## 9.")[0]
+    step = estimate(program.plan)
+    low, high = interval(program.plan, step.total_s)
+    shown = [f"{1e3 * step.parts[part]:,.1f} ms" for part in ("compute", "dp", "host", "bubble", "optimizer")]
+    shown.append(
+        "{:.1f}, {:.1f} and {:.1f} ms".format(*(1e3 * step.parts[axis] for axis in ("tp", "ep", "pp")))
+    )
+    shown += [
+        f"{1e3 * step.parts['other']:.1f} ms",
+        f"{step.total_s:.3f} s",
+        f"from {low:.3f} to {high:.3f} s",
+    ]
+    cluster = program.plan.cluster
+    peak = cluster.gpu.peak_flops_per_s(program.plan.workload.precision) * cluster.num_gpus
+    shown.append(f"MFU of {100 * step.model_flops / (peak * step.total_s):.1f} %")
+    assert [text for text in shown if text not in section] == []
 
 
 def test_worked_collectives(program: Program, page: str) -> None:
