@@ -21,9 +21,11 @@ from meshwright.ir.program import Program, lower
 from meshwright.ir.schedule import bubble_slots, build_schedule, peak_in_flight
 from meshwright.ir.sharding import local_numel
 from meshwright.ir.tasks import CommTask
-from meshwright.plan import resolve
-from meshwright.planner.estimate import estimate
+from meshwright.plan import Plan, resolve
+from meshwright.planner.estimate import StepTime, estimate, running_of
 from meshwright.planner.interval import interval
+from meshwright.planner.prices import Conditions, prices
+from meshwright.planner.times import axis_groups, block_times, kernel_times, price_collective, price_op
 from meshwright.policy import SCHEDULES
 from meshwright.verify import verify
 
@@ -212,6 +214,45 @@ def test_worked_step_time(program: Program, page: str) -> None:
     peak = cluster.gpu.peak_flops_per_s(program.plan.workload.precision) * cluster.num_gpus
     shown.append(f"MFU of {100 * step.model_flops / (peak * step.total_s):.1f} %")
     assert [text for text in shown if text not in section] == []
+
+
+def test_worked_prices(program: Program, page: str) -> None:
+    """Section 8 from its tasks up to the pipeline: alone, in a block, on both stages."""
+    section = page.split("## 8.")[1].split("## 9.")[0]
+    plan = program.plan
+    priced = prices(plan.cluster, plan.workload.precision, plan.policy.engine)
+    groups, running = axis_groups(plan.cluster, plan.layout.degrees()), running_of(plan, priced, Conditions())
+    block = program.stages[0].blocks[1]
+    names = ("attention.q", "attention.core", "moe.experts.gate", "moe.sort", "moe.dispatch")
+    shown = []
+    for name in names:
+        (task,) = (t for t in block.tasks if t.phase == "forward" and t.name == f"layers.0.{name}")
+        if isinstance(task, CommTask):
+            parts = [float(seconds) for seconds in price_collective(task, priced, groups, running)]
+        else:
+            parts = [float(seconds) for seconds in price_op(task, priced, running).values()]
+        shown.append(f"| {1e6 * sum(parts):.1f} µs |")
+    kernels = kernel_times(block.tasks, priced, groups, running)
+    alone = {part: f"{1e6 * float(seconds):.1f}" for part, seconds in kernels["forward"].items()}
+    work = f"({alone['matmul']} + {priced.grouped} · {alone['grouped']} + {alone['attention']})"
+    shown.append(f"{priced.slowdown:.4g} · {work} + {priced.memory} · {alone['memory']} |")
+    phase = block_times(kernels, priced, running)["forward"]
+    shown += [f"| {1e6 * float(phase[part]):,.1f} |" for part in ("compute", "tp", "ep", "host")]
+    shown.append(f"| **{1e6 * sum(map(float, phase.values())):,.1f}** |")
+    ops = sum(int(kernels["forward"][name]) for name in ("launches", "launches_experts"))
+    shown.append(f"{ops} ops of {1e6 * priced.constants.host['experts'].value:.1f} µs")
+    step = estimate(plan)
+    once = sum(step.parts[part] for part in ("dp", "optimizer", "other"))
+    m, first, second = _stage_times(plan, step.total_s - once, step)
+    shown.append(f"{m} · {1e3 * second:.1f} + {1e3 * first:.1f} ms = {step.total_s - once:.3f} s")
+    assert [text for text in shown if text not in section] == []
+
+
+def _stage_times(plan: Plan, pipeline_s: float, step: StepTime) -> tuple[int, float, float]:
+    """Micro-batches, and the seconds of one on each of two stages under 1F1B: the second is the slower one,
+    m times, and the first fills and drains the pipeline, which is all of the bubble."""
+    m = plan.num_micro_batches
+    return m, step.parts["bubble"], (pipeline_s - step.parts["bubble"]) / m
 
 
 def test_worked_collectives(program: Program, page: str) -> None:
