@@ -81,12 +81,15 @@ class Answer:
         """What was taken for what the deployment leaves open and the search does not vary."""
         shown = self.best or self.nearest
         filled = {} if shown is None else shown.plan.defaults
-        return self.taken | {key: why for key, why in filled.items() if not why.endswith(": searched")}
+        found = {key: why for key, why in filled.items() if not why.endswith(": searched")}
+        return self.taken | _unstated(self.deployment) | found
 
     @cached_property
     def assumptions(self) -> dict[str, str]:
         """Every assumption behind the plans that no measurement or source carries."""
         found = {f"engine.{name}": why for name, why in self.space.engine.assumptions().items()}
+        if self.best is None or self.best.plan.policy.settings.loss != "fused":
+            found.pop("engine.fused_loss", None)  # a fact of a setting that this plan does not have
         if len(self.lengths.shares) > 1:
             found["workload.sequence_length"] = f"assumed: {self.lengths.words}"
         for basis in ("interpolated", "assumed"):
@@ -134,6 +137,16 @@ class Answer:
             "step_time_s": point.step_time_s,
             "peak_memory_bytes": point.peak_memory_bytes,
         }
+
+
+def _unstated(deployment: Deployment) -> dict[str, str]:
+    """What the workload's own defaults stand in for."""
+    workload = deployment.workload
+    return {
+        f"workload.{name}": f"{getattr(workload, name)}: not stated"
+        for name in ("precision", "optimizer", "routing")
+        if name not in workload.model_fields_set
+    }
 
 
 def plan_deployment(
