@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from meshwright.__main__ import main
 from meshwright.cost.memory import memory
 from meshwright.deployment import deployment_from
 from meshwright.errors import InputError
@@ -131,6 +132,42 @@ def test_every_decision_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text("utf-8")
     for page in (ROOT / "docs").rglob("*.md"):
         assert str(page.relative_to(ROOT / "docs")) in navigation
+
+
+README = ROOT / "README.md"
+
+
+@pytest.mark.parametrize(
+    ("first", "command"),
+    [
+        ("Layout TP8 PP4", "audit examples/brief.yaml"),
+        (
+            "tokens   planned",
+            "plan examples/brief-plan.yaml --against examples/brief-repaired.yaml"
+            " --lengths 128,1024,4096,10240 --top 1",
+        ),
+    ],
+    ids=["audit", "plan --against"],
+)
+def test_the_output_on_the_first_page_is_the_real_one(
+    first: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every line that the page shows is printed, in this order."""
+    (shown,) = (text for text in fences(README, "") if text.startswith(first))
+    assert main(command.split()) == 0
+    printed = iter(capsys.readouterr().out.splitlines())
+    missing = [line for line in shown.splitlines() if line not in printed]
+    assert missing == []
+
+
+def test_the_errors_on_the_first_page_are_those_of_the_accuracy_page() -> None:
+    """Rows, mean and median error of each group, with recipes held back, and the mean error of memory."""
+    accuracy = (ROOT / "docs" / "accuracy.md").read_text("utf-8")
+    section = README.read_text("utf-8").split("## How sure it is")[1].split("## ")[0]
+    rows = re.findall(r"^\| [^|]+ \| (\d+) \| ([\d.]+ %) \| ([\d.]+ %) \|", section, re.MULTILINE)
+    assert len(rows) == 4
+    held_back = accuracy.split("## Step time, held back")[1].split("With the shipped constants")[0]
+    assert [row for row in rows if f"| {row[0]} | {row[1]} | {row[2]} |" not in held_back] == []
 
 
 # The worked example: every figure on the page is the computed one.
