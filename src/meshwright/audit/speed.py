@@ -100,11 +100,11 @@ SHARES = (4, 2)
 """Parts of the cluster that strong scaling is held against, the smallest first."""
 
 
-def on_fewer_gpus(plan: Plan) -> Plan:
+def on_fewer_gpus(plan: Plan) -> Plan | None:
     """The plan for the same global batch on a quarter of the GPUs, or on half of them.
 
-    dp is reduced, or where it cannot be, pp; tp and etp stay, and ep as far as it folds. Raises InputError
-    where no such plan keeps every rule and fits.
+    dp is reduced, or where it cannot be, pp; tp and etp stay, and ep as far as it folds. None where no such
+    plan keeps every rule and fits.
     """
     for axis in ("dp", "pp"):
         for share in SHARES:
@@ -114,8 +114,7 @@ def on_fewer_gpus(plan: Plan) -> Plan:
                     require_valid(fewer)
                     if worst(memory(lower(fewer))).total_bytes <= fewer.cluster.gpu.memory:
                         return fewer
-    rule = "neither a quarter nor half of the GPUs hold this batch with the same tp and experts"
-    raise InputError("layout", plan.layout.degrees(), rule)
+    return None
 
 
 def _reduced(plan: Plan, axis: str, share: int) -> Plan:

@@ -143,8 +143,17 @@ def bandwidth_utilization(ctx: Context, figure: Figure) -> Answer:
 def strong_scaling_efficiency(ctx: Context, figure: Figure) -> Answer:
     """GPU-seconds of a step on a part of the cluster over those on all of it, for the same global batch."""
     formula = "step time on few GPUs · few / (step time on all · all)"
+    try:
+        step_at(ctx, figure, lengths_spoken_of(ctx, figure)[1])
+    except InputError as error:
+        return Answer(None, formula, f"No step time: {error}.")
     plan, _ = ctx.plan_for(figure)
     fewer = on_fewer_gpus(plan)
+    if fewer is None:
+        why = (
+            f"Nothing smaller to compare with: {ctx.layout_words} with less DP or PP fits neither a quarter "
+        )
+        return Answer(None, formula, f"{why}nor half of the {plan.cluster.num_gpus:,} GPUs.")
     few, all_ = fewer.cluster.num_gpus, plan.cluster.num_gpus
     steps: dict[int, Step] = {}
 
