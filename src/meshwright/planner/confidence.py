@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ from meshwright.calibration import Basis
 from meshwright.cost.collectives import collective_basis
 from meshwright.cost.compute import compute_basis
 from meshwright.cost.placement import Group
-from meshwright.ir.program import LoweredBlock, Program
+from meshwright.ir.program import Program
 from meshwright.ir.tasks import CommTask, ComputeTask, Task
 from meshwright.plan import Plan
+from meshwright.planner.estimate import distinct_blocks
 from meshwright.planner.interval import Width, width_of
 from meshwright.planner.prices import Prices
 from meshwright.planner.times import Running, axis_groups, price_collective, price_op, rates_of
@@ -56,7 +57,8 @@ def confidence_of(program: Program, priced: Prices, running: Running) -> Confide
     plan = program.plan
     groups = axis_groups(plan.cluster, plan.layout.degrees())
     seconds: dict[tuple[str, Basis], float] = {}
-    for block, count in _kinds(program):
+    blocks, counts = distinct_blocks(program)
+    for block, count in zip(blocks, counts.sum(axis=0).tolist(), strict=True):
         for task in block.tasks:
             what, basis, time_s = _of(task, plan, priced, groups, running)
             seconds[what, basis] = seconds.get((what, basis), 0.0) + count * time_s
@@ -68,19 +70,6 @@ def confidence_of(program: Program, priced: Prices, running: Running) -> Confide
     width = width_of(plan.model, plan.cluster, plan.policy.engine)
     ordered = sorted(open_, key=lambda u: (-u.share_fraction, u.what))
     return Confidence(width, shares, tuple(ordered))
-
-
-def _kinds(program: Program) -> Iterator[tuple[LoweredBlock, int]]:
-    """One of each kind of block, and how many there are."""
-    found: dict[object, tuple[LoweredBlock, int]] = {}
-    for stage in program.stages:
-        for block in stage.blocks:
-            key: object = block.name
-            if block.name.startswith("layers."):
-                key = program.plan.model.layer_kind(int(block.name.split(".")[1]))
-            first, count = found.get(key, (block, 0))
-            found[key] = (first, count + 1)
-    yield from found.values()
 
 
 def _of(

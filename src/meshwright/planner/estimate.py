@@ -61,8 +61,9 @@ class Measured:
     """A lowered plan priced by curves alone.
 
     `kinds` are the distinct blocks and `counts[stage, kind]` how often each stage has them; `sends` is by
-    stage and phase, `tails` by pipeline rank: the step's communication, and the optimizer's seconds before
-    any slowdown. For the search, numbers are arrays over layouts that share schedule, pp and vpp with `plan`.
+    stage and phase, `comm` and `optimizer_s` by pipeline rank: the step's communication, and the optimizer's
+    seconds before any slowdown. For the search, numbers are arrays over layouts that share schedule, pp and
+    vpp with `plan`.
     """
 
     plan: Plan
@@ -101,7 +102,7 @@ def measure_program(
     plan = program.plan
     groups = axis_groups(plan.cluster, plan.layout.degrees())
     running = running_of(plan, priced, conditions)
-    kinds, counts = _kinds(program)
+    kinds, counts = distinct_blocks(program)
     ranks = range(plan.layout.pp)
     sends: list[Mapping[Phase, Array]] = [
         {send.phase: sum(price_collective(send, priced, groups, running)) for send in stage.sends}
@@ -134,7 +135,7 @@ def _comm(
     return step_comm(program.step[rank], priced, groups, running)
 
 
-def _kinds(program: Program) -> tuple[list[LoweredBlock], Array]:
+def distinct_blocks(program: Program) -> tuple[list[LoweredBlock], Array]:
     """The distinct blocks of a program, and how many of each stand in each stage."""
     index: dict[object, int] = {}
     blocks: list[LoweredBlock] = []
