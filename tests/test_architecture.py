@@ -48,6 +48,7 @@ LEVEL_OF = {
     "verify": "verify",
     "audit": "audit",
     "groups": "groups",
+    "scale_down": "scale_down",
     "planner": "planner",
     "simulator": "simulator",
     "runtime": "runtime",
@@ -65,7 +66,7 @@ GROUND = {"ground"}
 NOUNS = GROUND | {"nouns"}
 IR = NOUNS | {"ir"}
 COST = IR | {"cost"}
-CONSUMERS = COST | {"verify", "audit", "groups", "planner", "simulator"}
+CONSUMERS = COST | {"verify", "audit", "groups", "scale_down", "planner", "simulator"}
 MAY_IMPORT: dict[str, set[str]] = {
     "ground": GROUND,
     "nouns": NOUNS,
@@ -75,6 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verify": COST | {"verify"},
     "audit": COST | {"audit", "verify"},
     "groups": COST | {"groups", "verify"},
+    "scale_down": NOUNS | {"scale_down", "verify"},
     "planner": COST | {"planner", "verify"},
     "simulator": COST | {"simulator", "verify"},
     "runtime": IR | {"runtime"},
@@ -92,7 +94,7 @@ MAY_IMPORT_IN_A_FUNCTION = {"cli": {"runtime"}, "audit": {"planner"}}
 THIRD_PARTY = {"pydantic", "pydantic_core", "yaml", "rich", "typer"}
 """What every level may import."""
 THIRD_PARTY_OF = {
-    "runtime": {"torch", "numpy"},
+    "runtime": {"torch", "numpy", "tokenizers", "datasets", "pyarrow", "safetensors", "tensorboard"},
     "cost": {"numpy"},
     "planner": {"numpy"},
     "validate": {"numpy"},

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from meshwright.claims import Claims
 from meshwright.cluster import ClusterRequest, LocalRequest, read_cluster
@@ -25,17 +25,68 @@ PLAN_KEYS = ("digest", "defaults", "predictions")
 """What a plan's file holds beyond a deployment's."""
 
 
+class LossScale(Noun):
+    """Dynamic loss scaling under fp16 (Micikevicius et al., arXiv:1710.03740 §3.2).
+
+    The scale doubles after `window` steps without overflow. An overflow skips the step; after `hysteresis` of
+    them it halves the scale, never below `minimum`.
+    """
+
+    initial: Number = 65_536.0
+    window: Count = 1000
+    hysteresis: Count = 2
+    minimum: Number = 1.0
+
+    @model_validator(mode="after")
+    def _above_nothing(self) -> LossScale:
+        for name, least in (("minimum", 0.0), ("initial", self.minimum)):
+            value = getattr(self, name)
+            if value <= 0 or value < least:
+                raise InputError(name, value, f"above 0 and at least {least:g}", [max(least, 1.0)])
+        return self
+
+
 class Training(Noun):
-    """How the model is trained; `warmup_steps` 0 means a constant learning rate."""
+    """How the model is trained.
+
+    The learning rate rises over `warmup_steps`, then falls along a cosine to `min_learning_rate` at the last
+    step; with `warmup_steps` 0 it is constant. `beta1`, `beta2` and `epsilon` are AdamW's, `momentum` is
+    SGD's. Weight decay (decoupled) spares norms and biases. `gradient_clip` 0 clips nothing. `data` is a file
+    of text, JSON lines or Parquet, or a dataset's folder; without it a corpus that Python brings along.
+    Documents are cut to the longest sequence of the workload and `packed` into sequences of that length,
+    none attending to another, or `bucketed`: padded to one of a few lengths.
+    """
 
     steps: Count = 100
     learning_rate: Number = 3e-4
+    min_learning_rate: Number = 0.0
     warmup_steps: CountOrZero = 0
     weight_decay: Number = 0.1
+    beta1: Number = 0.9
+    beta2: Number = 0.95
+    epsilon: Number = 1e-8
+    momentum: Number = 0.0
     gradient_clip: Number = 1.0
+    loss_scale: LossScale = LossScale()
     seed: CountOrZero = 0
     data: str | None = None
     tokenizer: str = "bytes"
+    documents: Literal["packed", "bucketed"] = "packed"
+
+    @model_validator(mode="after")
+    def _within_bounds(self) -> Training:
+        for name in ("learning_rate", "min_learning_rate", "weight_decay", "gradient_clip"):
+            if getattr(self, name) < 0:
+                raise InputError(name, getattr(self, name), "not negative", [0])
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(name, getattr(self, name), "at least 0 and below 1", [0.9])
+        if self.epsilon <= 0:
+            raise InputError("epsilon", self.epsilon, "above 0", [1e-8])
+        if self.min_learning_rate > self.learning_rate:
+            rule = f"at most learning_rate = {self.learning_rate:g}"
+            raise InputError("min_learning_rate", self.min_learning_rate, rule, [0.0])
+        return self
 
 
 class ConfigFile(Noun):
