@@ -1,0 +1,191 @@
+"""ZeRO 0, 1 and 2: weights and gradients in one flat buffer per data axis, so that each is reduced in one call.
+
+Gradients add up in FP32 over the micro-batches of a step; then they are all-reduced (ZeRO 0), or
+reduce-scattered, the rank's share updated, and the weights gathered again (Rajbhandari et al.,
+arXiv:1910.02054 §5 and §7). Between two reductions ZeRO 1 and 2 are the same here: gradients are whole until
+the step's one reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from meshwright.runtime.mesh import Mesh
+from meshwright.runtime.shares import Held, Share
+
+
+@dataclass(frozen=True)
+class _Member:
+    held: Held
+    start: int
+    stop: int
+
+
+class Bucket:
+    """The parameters that one data axis reduces, end to end in one buffer.
+
+    Those whose gradients are partial sums over another axis stand first and side by side, so that each such
+    sum is one call.
+    """
+
+    def __init__(
+        self,
+        axis: str,
+        held: Sequence[Held],
+        mesh: Mesh,
+        kind: torch.dtype,
+        divided: bool,
+        partial: Sequence[tuple[str, frozenset[str]]],
+    ) -> None:
+        self.axis, self.mesh = axis, mesh
+        self.group = mesh.group(axis)
+        self.divided = divided and self.group is not None
+        self.partial_runs: list[tuple[str, int, int]] = []
+        self.members = list(self._placed(held, partial))
+        self._allocate(kind)
+        self.shares = list(self._shares())
+
+    def _placed(
+        self, held: Sequence[Held], partial: Sequence[tuple[str, frozenset[str]]]
+    ) -> Iterator[_Member]:
+        place = 0
+        named = {name for _, names in partial for name in names}
+        for axis, names in (*partial, ("", frozenset(h.name for h in held) - named)):
+            first = place
+            for one in held:
+                if one.name in names:
+                    yield _Member(one, place, place + one.tensor.numel())
+                    place += one.tensor.numel()
+            if axis and place > first:
+                self.partial_runs.append((axis, first, place))
+
+    def _allocate(self, kind: torch.dtype) -> None:
+        """Weights of the compute type and FP32 gradients; parameters become views of them. The buffer ends at
+        a multiple of the ranks that divide it. Masters start from the parameters as they are, in FP32."""
+        ranks = self.mesh.size(self.axis) if self.divided else 1
+        size = -(-max((m.stop for m in self.members), default=0) // ranks) * ranks
+        device = self.mesh.device
+        full = torch.zeros(size, dtype=torch.float32, device=device)
+        self.weights = full if kind == torch.float32 else torch.zeros(size, dtype=kind, device=device)
+        self.gradients = torch.zeros(size, dtype=torch.float32, device=device)
+        for member in self.members:
+            tensor, place = member.held.tensor, slice(member.start, member.stop)
+            full[place] = tensor.detach().flatten()
+            tensor.data = self.weights[place].view(tensor.shape)
+            tensor.grad_dtype = torch.float32
+            tensor.grad = self.gradients[place].view(tensor.shape)
+        width = size // ranks
+        self.start = self.mesh.position(self.axis) * width if self.divided else 0
+        self.stop = self.start + width
+        own = full[self.start : self.stop]
+        self.masters = own if kind == torch.float32 else own.clone()
+        self.own_gradients = torch.zeros_like(self.masters) if self.divided else self.gradients
+        self.weights.copy_(full)
+
+    def _shares(self) -> Iterator[Share]:
+        for member in self.members:
+            first, last = max(member.start, self.start), min(member.stop, self.stop)
+            if first < last:
+                own = slice(first - self.start, last - self.start)
+                yield Share(
+                    member.held,
+                    first - member.start,
+                    last - member.start,
+                    self.masters[own],
+                    self.own_gradients[own],
+                )
+
+    def add_partial_sums(self) -> None:
+        """Add up what the ranks of tp, or of etp, each hold a part of."""
+        for axis, first, last in self.partial_runs:
+            group = self.mesh.group(axis)
+            if group is not None:
+                dist.all_reduce(self.gradients[first:last], group=group)
+
+    def reduce(self) -> None:
+        """Add up over the data axis."""
+        if self.group is None:
+            return
+        if self.divided:
+            dist.reduce_scatter_tensor(self.own_gradients, self.gradients, group=self.group)
+        else:
+            dist.all_reduce(self.gradients, group=self.group)
+
+    def publish(self) -> None:
+        """Masters to weights, on every rank of the data axis."""
+        own = self.weights[self.start : self.stop]
+        if self.masters.dtype != own.dtype:
+            own.copy_(self.masters)
+        if self.divided:
+            dist.all_gather_into_tensor(self.weights, own, group=self.group)
+
+
+class BucketStore:
+    """All parameters of a rank in two buckets: dense ones over dp·cp, routed experts over edp."""
+
+    def __init__(
+        self,
+        held: Sequence[Held],
+        mesh: Mesh,
+        kind: torch.dtype,
+        zero_stage: int,
+        sequence_parallel: bool,
+        shares_table: bool = False,
+    ) -> None:
+        """`kind`: the compute type. `shares_table`: a tied embedding stands here and on the pipeline's other end too."""
+        self.mesh = mesh
+        kv_copies = mesh.group("kv_copies") is not None
+        dense = [h for h in held if not h.param.is_expert]
+        experts = [h for h in held if h.param.is_expert]
+        partial = frozenset(
+            h.name
+            for h in dense
+            if h.param.partial_over_tp and (sequence_parallel or h.param.shared_by_heads)
+        )
+        copied = frozenset(h.name for h in dense if kv_copies and _has_copies(h, mesh.size("tp")))
+        uncut = frozenset(h.name for h in experts if "etp" not in h.param.shard)
+        self.buckets = [
+            Bucket("dp_cp", dense, mesh, kind, zero_stage > 0, [("tp", partial), ("kv_copies", copied)])
+        ]
+        if experts:
+            self.buckets.append(Bucket("edp", experts, mesh, kind, zero_stage > 0, [("etp", uncut)]))
+        self._shares = [share for bucket in self.buckets for share in bucket.shares]
+        table = next((h.tensor.grad for h in dense if h.name == "embedding.weight"), None)
+        self.tied = table if shares_table else None
+
+    @property
+    def shares(self) -> list[Share]:
+        """What this rank updates."""
+        return self._shares
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether this rank's stages have routed experts."""
+        return len(self.buckets) > 1
+
+    def clear_gradients(self) -> None:
+        """Set all gradients to zero."""
+        for bucket in self.buckets:
+            bucket.gradients.zero_()
+
+    def reduce_gradients(self) -> None:
+        """Partial sums first, then the two ends of a tied embedding, then the data axes."""
+        for bucket in self.buckets:
+            bucket.add_partial_sums()
+        if self.tied is not None:
+            dist.all_reduce(self.tied, group=self.mesh.group("embedding"))
+        for bucket in self.buckets:
+            bucket.reduce()
+
+    def publish(self) -> None:
+        """Masters to weights, everywhere."""
+        for bucket in self.buckets:
+            bucket.publish()
+
+
+def _has_copies(held: Held, tp: int) -> bool:
+    return held.param.blocks is not None and tp > held.param.blocks
