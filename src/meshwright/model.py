@@ -34,6 +34,11 @@ class Router(Noun):
     With `num_groups` above 1 a token chooses within its `num_limited_groups` best groups of experts. A
     group's score is its best expert's under softmax (DeepSeek-V2, arXiv:2405.04434 §2.2.2) and the sum of
     its two best experts' under sigmoid (DeepSeek-V3). `capacity_factor` None means dropless.
+
+    `aux_loss_scope`: the balance loss averages over each sequence, which no layout changes, or over each
+    micro-batch of a data-parallel rank (`gshard_top2` always does). Of `gshard_top2` alone: how the second
+    expert is chosen (fairseq's moe_second_expert_policy), whether weights are normalised before copies are
+    dropped, and whether tokens with the surest gate are served first.
     """
 
     type: Literal["softmax", "sigmoid", "gshard_top2"] = "softmax"
@@ -48,6 +53,9 @@ class Router(Noun):
     aux_loss: Number = 0.0
     aux_loss_scope: Literal["sequence", "batch"] = "sequence"
     z_loss: Number = 0.0
+    second_expert: Literal["sampling", "random", "all"] = "sampling"
+    normalize_before_dropping: StrictBool = False
+    batch_prioritized: StrictBool = False
 
     @model_validator(mode="after")
     def _capacity_and_drop_agree(self) -> Router:

@@ -545,6 +545,7 @@ def test_expert_tensor_parallelism_gathers_tokens_and_scatters_sums() -> None:
     block = layer_block(Model.model_validate(MOE), 0, shape_of(ep=2, tp=2, sequence_parallel=True))
     degrees = {"tp": 2, "cp": 1, "ep": 2, "etp": 2, "sp": 2}
     assert listed(block, "etp") == [
+        ("moe.gather_counts", GATHER, None, None),
         ("moe.gather_tokens", GATHER, SCATTER, None),
         ("moe.scatter_tokens", SCATTER, GATHER, None),
     ]

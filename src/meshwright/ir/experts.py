@@ -28,7 +28,8 @@ def moe(model: Model, name: str, shape: Shape) -> list[Node]:
         _route(model, name, experts, shape),
     ]
     if model.router.aux_loss:
-        sums = (Dim("sequences", 2 * shape.micro_batch_size), experts)
+        by_sequence = model.router.aux_loss_scope == "sequence" and model.router.type != "gshard_top2"
+        sums = (Dim("sequences", 2 * shape.micro_batch_size if by_sequence else 2), experts)
         axes = ("tp", "cp") if shape.sequence_parallel else ("cp",)
         nodes += [Collective(f"{name}.balance_{axis}", axis, REDUCE, None, sums, 4) for axis in axes]
     if model.shared_width:
@@ -125,7 +126,7 @@ def _dispatch(model: Model, name: str, shape: Shape) -> list[Node]:
             Collective(f"{name}.gather_choices", "ep", GATHER, None, (everyone, chosen), 8),
             Collective(f"{name}.gather_weights", "ep", GATHER, SCATTER, (everyone, chosen), 4),
             Collective(f"{name}.dispatch", "ep", GATHER, SCATTER, (everyone, hidden), unit),
-            *_tensor_gather(name, hidden, unit, routed),
+            *_tensor_gather(name, hidden, unit, routed, Dim("experts", model.num_experts, ("ep",))),
             _permute(f"{name}.permute", replace(routed, times=("etp",)), hidden, unit),
         ]
     nodes: list[Node] = [
@@ -137,7 +138,7 @@ def _dispatch(model: Model, name: str, shape: Shape) -> list[Node]:
         nodes.append(
             Collective(f"{name}.dispatch_weights", "ep", EXCHANGE, EXCHANGE, (_sent(model, shape),), 4)
         )
-    nodes += _tensor_gather(name, hidden, unit, routed)
+    nodes += _tensor_gather(name, hidden, unit, routed, Dim("experts", model.num_experts))
     return [*nodes, *_by_local_expert(model, f"{name}.sort", hidden, shape)]
 
 
@@ -149,10 +150,14 @@ def _by_local_expert(model: Model, name: str, hidden: Dim, shape: Shape) -> list
     return [_permute(name, tokens, hidden, shape.element_bytes)]
 
 
-def _tensor_gather(name: str, hidden: Dim, unit: int, routed: Dim) -> list[Node]:
-    """Expert tensor parallelism: its ranks gather one another's tokens, and scatter the partial sums back."""
+def _tensor_gather(name: str, hidden: Dim, unit: int, routed: Dim, counted: Dim) -> list[Node]:
+    """Expert tensor parallelism: its ranks gather one another's tokens, and scatter the partial sums back.
+    How many there are for each expert goes first (Megatron-LM `transformer/moe/token_dispatcher.py`)."""
     gathered = replace(routed, times=("etp",))
-    return [Collective(f"{name}.gather_tokens", "etp", GATHER, SCATTER, (gathered, hidden), unit)]
+    return [
+        Collective(f"{name}.gather_counts", "etp", GATHER, None, (replace(counted, times=("etp",)),), 8),
+        Collective(f"{name}.gather_tokens", "etp", GATHER, SCATTER, (gathered, hidden), unit),
+    ]
 
 
 def _experts(model: Model, name: str, shape: Shape) -> list[Node]:

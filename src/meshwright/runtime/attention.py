@@ -7,6 +7,7 @@ this rank, D width of a head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,11 @@ class Tokens:
 
     positions_SB: Tensor
     documents_BS: Tensor | None = None
+
+    @cached_property
+    def has_padding(self) -> bool:
+        """Whether any token is padding."""
+        return self.documents_BS is not None and bool((self.documents_BS < 0).any())
 
     def mask(self, window: int | None) -> Tensor | None:
         """[B, 1, S, S], true where a query sees a key; None where plain causality says it all.

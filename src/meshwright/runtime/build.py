@@ -36,10 +36,12 @@ class Replica:
     pipeline: Pipeline
 
 
-def build(plan: Plan, mesh: Mesh, values: Values | None = None) -> Replica:
+def build(
+    plan: Plan, mesh: Mesh, values: Values | None = None, routes_evenly: bool = False
+) -> Replica:
     """Build this rank's part of a plan that holds every rule of `verify`. First weights come from the plan's
     seed unless `values` gives others. Raises NotBoundError where the modules are not those of the graph."""
-    program, setting = lower(plan), Setting.of(plan, mesh)
+    program, setting = lower(plan), Setting.of(plan, mesh, routes_evenly)
     pp_rank = mesh.position("pp")
     kind = COMPUTE_TYPES[plan.workload.precision]
     stages: dict[int, Stage] = {}

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from meshwright.runtime.again import run_again
 from meshwright.runtime.attention import Attention, Tokens
 from meshwright.runtime.layers import (
     Embedding,
@@ -24,7 +24,6 @@ from meshwright.runtime.layers import (
 from meshwright.runtime.moe import MoE
 from meshwright.runtime.region import Setting
 from meshwright.runtime.selective import remaking
-from meshwright.runtime.tape import recording_and_replaying
 
 
 class Layer(nn.Module):
@@ -40,7 +39,7 @@ class Layer(nn.Module):
         self.moe: MoE | None = None
         self.mlp: FeedForward | None = None
         if model.is_moe_layer(layer):
-            self.moe = MoE(setting)
+            self.moe = MoE(setting, layer)
         else:
             self.mlp = FeedForward(setting, model.intermediate_size or 0, model.mlp_bias)
 
@@ -53,7 +52,7 @@ class Layer(nn.Module):
                 with remaking():
                     return self._run(x_SBH, tokens)
             case "full":
-                return self._again(x_SBH, tokens)
+                return run_again(self._run, x_SBH, tokens)
 
     def _run(self, x_SBH: Tensor, tokens: Tokens) -> Tensor:
         x_SBH = x_SBH + self.attention(self.attention_norm(x_SBH), tokens)
@@ -62,21 +61,6 @@ class Layer(nn.Module):
             return x_SBH + self.moe(normed, tokens)
         assert self.mlp is not None
         return x_SBH + self.mlp(normed)
-
-    def _again(self, x_SBH: Tensor, tokens: Tokens) -> Tensor:
-        """Keeps the input and the routing decisions. Without early stop every rank repeats the whole layer,
-        its communication included, as the graph says."""
-        if not torch.is_grad_enabled():
-            return self._run(x_SBH, tokens)
-        with set_checkpoint_early_stop(False):
-            return checkpoint(
-                self._run,
-                x_SBH,
-                tokens,
-                use_reentrant=False,
-                preserve_rng_state=False,
-                context_fn=recording_and_replaying,
-            )
 
 
 class Stage(nn.Module):

@@ -34,17 +34,22 @@ class LossScales:
 
 @dataclass(frozen=True)
 class Setting:
-    """What every module of a rank knows: the model, how it is run, and the rank's place."""
+    """What every module of a rank knows: the model, how it is run, and the rank's place.
+
+    `routes_evenly` replaces the router's choices by exactly balanced ones, so that what a step sends can be
+    held against the graph, which describes balanced routing.
+    """
 
     model: Model
     policy: Policy
     mesh: Mesh
+    routes_evenly: bool = False
     scales: LossScales = field(default_factory=LossScales)
 
     @classmethod
-    def of(cls, plan: Plan, mesh: Mesh) -> Setting:
+    def of(cls, plan: Plan, mesh: Mesh, routes_evenly: bool = False) -> Setting:
         """The setting of a plan on one rank."""
-        return cls(plan.model, plan.policy, mesh)
+        return cls(plan.model, plan.policy, mesh, routes_evenly)
 
     @property
     def divides_sequence(self) -> bool:

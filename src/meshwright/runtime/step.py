@@ -28,9 +28,11 @@ class StepResult:
 class Trainer:
     """A plan on one rank, ready to train."""
 
-    def __init__(self, plan: Plan, mesh: Mesh, values: Values | None = None) -> None:
+    def __init__(
+        self, plan: Plan, mesh: Mesh, values: Values | None = None, routes_evenly: bool = False
+    ) -> None:
         self.plan, self.mesh = plan, mesh
-        self.replica: Replica = build(plan, mesh, values)
+        self.replica: Replica = build(plan, mesh, values, routes_evenly)
         training = plan.training or Training()
         self.scaler = Scaler(training.loss_scale, plan.workload.precision == "fp16")
         divided = plan.policy.zero_stage > 0
