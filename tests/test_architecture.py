@@ -76,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verify": COST | {"verify"},
     "audit": COST | {"audit", "verify"},
     "groups": COST | {"groups", "verify"},
-    "scale_down": NOUNS | {"scale_down", "verify"},
+    "scale_down": IR | {"scale_down", "verify"},
     "planner": COST | {"planner", "verify"},
     "simulator": COST | {"simulator", "verify"},
     "runtime": IR | {"runtime"},

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from meshwright.ir.program import Program, lower
@@ -22,6 +21,15 @@ Values = Callable[[Held], Tensor]
 """Gives the values of a held slice, in any float type."""
 
 
+def values_of(weights: Mapping[str, Tensor]) -> Values:
+    """Values from whole parameters by name: another model's weights, or those of a test."""
+
+    def give(held: Held) -> Tensor:
+        return weights[held.name][tuple(slice(*run) for run in held.slice.ranges)]
+
+    return give
+
+
 @dataclass(frozen=True)
 class Replica:
     """Everything of a model that one rank holds."""
@@ -36,9 +44,7 @@ class Replica:
     pipeline: Pipeline
 
 
-def build(
-    plan: Plan, mesh: Mesh, values: Values | None = None, routes_evenly: bool = False
-) -> Replica:
+def build(plan: Plan, mesh: Mesh, values: Values | None = None, routes_evenly: bool = False) -> Replica:
     """Build this rank's part of a plan that holds every rule of `verify`. First weights come from the plan's
     seed unless `values` gives others. Raises NotBoundError where the modules are not those of the graph."""
     program, setting = lower(plan), Setting.of(plan, mesh, routes_evenly)

@@ -8,7 +8,6 @@ R rows at the experts, E experts, L experts of this rank, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F

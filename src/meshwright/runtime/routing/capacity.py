@@ -4,7 +4,6 @@ Nothing here waits for the device: with padding, the number of valid tokens and 
 
 Shape letters: T tokens of this rank, k choices of a token, E experts, N token copies in some order.
 """
-# ruff: noqa: N803, N806
 
 from __future__ import annotations
 

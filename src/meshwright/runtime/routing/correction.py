@@ -2,7 +2,6 @@
 
 Shape letters: E experts; leading dims, such as layers, are allowed.
 """
-# ruff: noqa: N806
 
 from __future__ import annotations
 

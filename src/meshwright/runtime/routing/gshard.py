@@ -8,7 +8,6 @@ Where there is padding, S counts the valid tokens; fairseq's capacity counts pad
 
 Shape letters: S tokens of this rank, E experts, N = 2S copies: all first choices, then all second ones.
 """
-# ruff: noqa: N803, N806
 
 from __future__ import annotations
 

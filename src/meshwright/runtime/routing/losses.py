@@ -6,7 +6,6 @@ per loss, with one FP32 tensor of [2·N, E]: the counts of N token sets, then th
 
 Shape letters: T tokens of this rank, k counted choices of a token, E experts, N sequences.
 """
-# ruff: noqa: N803, N806
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 Shape letters: T tokens of this rank, k choices of a token, E experts.
 """
-# ruff: noqa: N803, N806
 
 from __future__ import annotations
 

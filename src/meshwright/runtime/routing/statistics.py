@@ -6,7 +6,6 @@ device; reading a figure does.
 Shape letters: T tokens of this rank, k choices of a token, E experts; leading dims, such as layers, are
 allowed after counting.
 """
-# ruff: noqa: N803, N806
 
 from __future__ import annotations
 
