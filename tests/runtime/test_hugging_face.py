@@ -169,7 +169,7 @@ def test_each_expert_computes_what_it_did() -> None:
                 result = product @ down[expert].T + ours[f"{prefix}down_bias"][expert]
             else:
                 result = (torch.nn.functional.silu(g_TF) * u_TF) @ down[expert].T
-            torch.testing.assert_close(result, expected)
+            assert (result - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,4 +1,4 @@
-"""ZeRO 0, 1 and 2: weights and gradients in one flat buffer per data axis, so that each is reduced in one call.
+"""ZeRO 0, 1 and 2: weights and gradients in one flat buffer per data axis, each reduced in one call.
 
 Gradients add up in FP32 over the micro-batches of a step; then they are all-reduced (ZeRO 0), or
 reduce-scattered, the rank's share updated, and the weights gathered again (Rajbhandari et al.,
@@ -136,7 +136,8 @@ class BucketStore:
         sequence_parallel: bool,
         shares_table: bool = False,
     ) -> None:
-        """`kind`: the compute type. `shares_table`: a tied embedding stands here and on the pipeline's other end too."""
+        """`kind`: the compute type. `shares_table`: a tied embedding stands here and on the pipeline's other
+        end too."""
         self.mesh = mesh
         kv_copies = mesh.group("kv_copies") is not None
         dense = [h for h in held if not h.param.is_expert]
