@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from meshwright.runtime.mesh import Mesh
 from meshwright.runtime.shares import Held, Share
@@ -106,6 +107,17 @@ class Bucket:
             if group is not None:
                 dist.all_reduce(self.gradients[first:last], group=group)
 
+    def clear(self) -> None:
+        """Set all gradients to zero."""
+        self.gradients.zero_()
+
+    def gradient(self, name: str) -> Tensor | None:
+        """The whole gradient of a parameter, if it is here."""
+        return next((m.held.tensor.grad for m in self.members if m.held.name == name), None)
+
+    def collect(self) -> None:
+        """Gradients are where they add up already."""
+
     def reduce(self) -> None:
         """Add up over the data axis."""
         if self.group is None:
@@ -122,71 +134,3 @@ class Bucket:
             own.copy_(self.masters)
         if self.divided:
             dist.all_gather_into_tensor(self.weights, own, group=self.group)
-
-
-class BucketStore:
-    """All parameters of a rank in two buckets: dense ones over dp·cp, routed experts over edp."""
-
-    def __init__(
-        self,
-        held: Sequence[Held],
-        mesh: Mesh,
-        kind: torch.dtype,
-        zero_stage: int,
-        sequence_parallel: bool,
-        shares_table: bool = False,
-    ) -> None:
-        """`kind`: the compute type. `shares_table`: a tied embedding stands here and on the pipeline's other
-        end too."""
-        self.mesh = mesh
-        kv_copies = mesh.group("kv_copies") is not None
-        dense = [h for h in held if not h.param.is_expert]
-        experts = [h for h in held if h.param.is_expert]
-        partial = frozenset(
-            h.name
-            for h in dense
-            if h.param.partial_over_tp and (sequence_parallel or h.param.shared_by_heads)
-        )
-        copied = frozenset(h.name for h in dense if kv_copies and _has_copies(h, mesh.size("tp")))
-        uncut = frozenset(h.name for h in experts if "etp" not in h.param.shard)
-        self.buckets = [
-            Bucket("dp_cp", dense, mesh, kind, zero_stage > 0, [("tp", partial), ("kv_copies", copied)])
-        ]
-        if experts:
-            self.buckets.append(Bucket("edp", experts, mesh, kind, zero_stage > 0, [("etp", uncut)]))
-        self._shares = [share for bucket in self.buckets for share in bucket.shares]
-        table = next((h.tensor.grad for h in dense if h.name == "embedding.weight"), None)
-        self.tied = table if shares_table else None
-
-    @property
-    def shares(self) -> list[Share]:
-        """What this rank updates."""
-        return self._shares
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether this rank's stages have routed experts."""
-        return len(self.buckets) > 1
-
-    def clear_gradients(self) -> None:
-        """Set all gradients to zero."""
-        for bucket in self.buckets:
-            bucket.gradients.zero_()
-
-    def reduce_gradients(self) -> None:
-        """Partial sums first, then the two ends of a tied embedding, then the data axes."""
-        for bucket in self.buckets:
-            bucket.add_partial_sums()
-        if self.tied is not None:
-            dist.all_reduce(self.tied, group=self.mesh.group("embedding"))
-        for bucket in self.buckets:
-            bucket.reduce()
-
-    def publish(self) -> None:
-        """Masters to weights, everywhere."""
-        for bucket in self.buckets:
-            bucket.publish()
-
-
-def _has_copies(held: Held, tp: int) -> bool:
-    return held.param.blocks is not None and tp > held.param.blocks

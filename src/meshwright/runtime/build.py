@@ -9,13 +9,14 @@ from torch import Tensor
 
 from meshwright.ir.program import Program, lower
 from meshwright.plan import Plan
-from meshwright.runtime.buckets import BucketStore
 from meshwright.runtime.initial import initial_values
 from meshwright.runtime.mesh import Mesh
 from meshwright.runtime.model import Stage
 from meshwright.runtime.pipeline import COMPUTE_TYPES, Pipeline
 from meshwright.runtime.region import Setting
 from meshwright.runtime.shares import Held, fill, held_parameters
+from meshwright.runtime.sharded import rebound, shard_stage
+from meshwright.runtime.store import Store
 
 Values = Callable[[Held], Tensor]
 """Gives the values of a held slice, in any float type."""
@@ -40,7 +41,7 @@ class Replica:
     setting: Setting
     stages: dict[int, Stage]
     held: list[Held]
-    store: BucketStore
+    store: Store
     pipeline: Pipeline
 
 
@@ -61,9 +62,12 @@ def build(plan: Plan, mesh: Mesh, values: Values | None = None, routes_evenly: b
     for one in held:
         fill(one, give(one).to(mesh.device))
     policy = plan.policy
-    store = BucketStore(
-        held, mesh, kind, policy.zero_stage, policy.sequence_parallel, _splits_table(plan, stages)
-    )
+    if policy.zero_stage == 3 and (mesh.group("dp_cp") or mesh.group("edp")):
+        for module in stages.values():
+            shard_stage(module, mesh, kind)
+        held = rebound(held, stages.values())
+    split = _splits_table(plan, stages)
+    store = Store(held, mesh, kind, policy.zero_stage, policy.sequence_parallel, split)
     return Replica(plan, program, mesh, setting, stages, held, store, Pipeline(plan, mesh, stages))
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from meshwright.deployment import LossScale, Training
 from meshwright.runtime.collectives import all_reduce
 from meshwright.runtime.mesh import Mesh
-from meshwright.runtime.shares import Share, Store
+from meshwright.runtime.shares import Share
+from meshwright.runtime.store import Store
 from meshwright.workload import Optimizer as OptimizerName
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributed import pipelining
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
@@ -70,6 +71,8 @@ class Pipeline:
         losses = []
         for first in range(0, tokens.shape[0], size):
             rows = slice(first, first + size)
+            if isinstance(stage, FSDPModule):  # one reduction a step, with the last micro-batch
+                stage.set_requires_gradient_sync(first + size >= tokens.shape[0])
             more = {name: value[rows] for name, value in extra.items()}
             loss = stage(tokens[rows], targets=targets[rows], **more)
             loss.backward()

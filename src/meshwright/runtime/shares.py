@@ -6,7 +6,7 @@ alone, in FP32; without ZeRO all of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,22 +59,25 @@ class Share:
     gradient: Tensor
 
 
-class Store(Protocol):
-    """Where weights and gradients live, and how they are reduced, divided and published."""
+class Part(Protocol):
+    """The parameters that one data axis reduces: dense ones over dp·cp, or routed experts over edp."""
 
-    @property
-    def shares(self) -> Sequence[Share]:
-        """What this rank updates, in the order of the store; the objects stay the same."""
+    shares: list[Share]
 
-    @property
-    def has_experts(self) -> bool:
-        """Whether this rank's stages have routed experts."""
+    def clear(self) -> None:
+        """Forget the gradients of the step before."""
 
-    def clear_gradients(self) -> None:
-        """Set all gradients to zero."""
+    def collect(self) -> None:
+        """Bring gradients to where they are added up, once backward is done."""
 
-    def reduce_gradients(self) -> None:
-        """Add gradients up over all ranks that computed parts of them; shares hold the sums then."""
+    def add_partial_sums(self) -> None:
+        """Add up what the ranks of another axis each hold a part of."""
+
+    def gradient(self, name: str) -> Tensor | None:
+        """What this rank holds of a parameter's gradient, if it is here."""
+
+    def reduce(self) -> None:
+        """Add up over the data axis, where backward has not done so."""
 
     def publish(self) -> None:
         """Bring updated masters to all ranks' weights."""

@@ -1,0 +1,166 @@
+"""ZeRO 3: parameters divided by FSDP2, gathered for each block before its forward and its backward.
+
+FSDP2 would average gradients over the data ranks, and scale those of experts by the wrong factor where they
+have a mesh of their own (pytorch/pytorch#160285). Losses here are sums over tokens divided by the global
+count, so gradients are plainly added: a divide factor of 1, and SUM as the reduction, which gloo has too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from meshwright.runtime.mesh import Mesh
+from meshwright.runtime.model import Layer, Stage
+from meshwright.runtime.shares import Held, Share
+
+
+def shard_stage(stage: Stage, mesh: Mesh, kind: torch.dtype) -> None:
+    """Divide a stage's parameters in place: its layers, its ends, and each layer's experts over their own
+    axis. Parameters along whose axis there is one rank stay as they are.
+
+    A tied table that stands at both ends of one stage is gathered once for all of it.
+    """
+    if kind == torch.float32:
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    else:
+        policy = MixedPrecisionPolicy(kind, torch.float32, cast_forward_inputs=False)
+    experts = {parameter for one in _experts(stage) for parameter in one.parameters()}
+    if mesh.group("edp") is not None:
+        over_edp = mesh.device_mesh("edp")
+        for one in _experts(stage):
+            fully_shard(one, mesh=over_edp, mp_policy=policy)
+        experts = {parameter for one in _experts(stage) for parameter in one.parameters()}
+    if mesh.group("dp_cp") is None:
+        dense = {parameter for parameter in stage.parameters()} - experts
+        fully_shard(stage, mesh=mesh.device_mesh("edp"), mp_policy=policy, ignored_params=dense)
+    else:
+        over_dp = mesh.device_mesh("dp_cp")
+        for block in _blocks(stage):
+            fully_shard(block, mesh=over_dp, mp_policy=policy, ignored_params=experts)
+        fully_shard(stage, mesh=over_dp, mp_policy=policy, ignored_params=experts)
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _experts(stage: Stage) -> list[nn.Module]:
+    layers = [layer for layer in stage.layers.values() if isinstance(layer, Layer)]
+    return [layer.moe.experts for layer in layers if layer.moe is not None]
+
+
+def _blocks(stage: Stage) -> Iterator[nn.Module | list[nn.Module]]:
+    """What is gathered together: the graph's blocks."""
+    yield from stage.layers.values()
+    tied = stage.has_embedding and stage.has_head and stage.head is None
+    if tied:
+        return
+    first = [part for part in (stage.embedding, stage.positions) if part is not None]
+    last = [part for part in (stage.norm, stage.head) if part is not None]
+    if stage.has_embedding:
+        yield first
+    if stage.has_head:
+        yield last if stage.head is not None else [*last, *first]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    held: Held
+    local: Tensor
+    first_row: int
+    start: int
+    stop: int
+
+
+class Sharded:
+    """The parameters of one data axis under FSDP2: it has reduced their gradients when backward is done."""
+
+    def __init__(
+        self, held: Sequence[Held], axis: str, mesh: Mesh, partial: Sequence[tuple[str, frozenset[str]]]
+    ) -> None:
+        self.mesh, self.axis = mesh, axis
+        self.partial_runs: list[tuple[str, int, int]] = []
+        self.pieces = list(self._placed(held, partial))
+        size = max((piece.stop for piece in self.pieces), default=0)
+        self.gradients = torch.zeros(size, dtype=torch.float32, device=mesh.device)
+        self.shares = list(self._shares())
+
+    def _placed(
+        self, held: Sequence[Held], partial: Sequence[tuple[str, frozenset[str]]]
+    ) -> Iterator[_Piece]:
+        place = 0
+        named = {name for _, names in partial for name in names}
+        for axis, names in (*partial, ("", frozenset(h.name for h in held) - named)):
+            first = place
+            for one in (h for h in held if h.name in names):
+                local = _local(one.tensor)
+                yield _Piece(one, local, _first_row(one.tensor), place, place + local.numel())
+                place += local.numel()
+            if axis and place > first:
+                self.partial_runs.append((axis, first, place))
+
+    def _shares(self) -> Iterator[Share]:
+        for piece in self.pieces:
+            if piece.local.numel():
+                start = piece.first_row * (piece.local.numel() // piece.local.shape[0])
+                stop = start + piece.local.numel()
+                gradient = self.gradients[piece.start : piece.stop]
+                yield Share(piece.held, start, stop, piece.local.view(-1), gradient)
+
+    def clear(self) -> None:
+        """Forget the gradients of the step before."""
+        for piece in self.pieces:
+            piece.held.tensor.grad = None
+
+    def collect(self) -> None:
+        """The reduced gradients, end to end."""
+        for piece in self.pieces:
+            grad, place = piece.held.tensor.grad, self.gradients[piece.start : piece.stop]
+            if grad is None:
+                place.zero_()
+            else:
+                place.copy_(_local(grad).flatten())
+            piece.held.tensor.grad = None
+
+    def gradient(self, name: str) -> Tensor | None:
+        """What this rank holds of a parameter's gradient, if it is here."""
+        found = (piece for piece in self.pieces if piece.held.name == name)
+        return next((self.gradients[piece.start : piece.stop] for piece in found), None)
+
+    def add_partial_sums(self) -> None:
+        """Add up what the ranks of tp, or of etp, each hold a part of."""
+        for axis, first, last in self.partial_runs:
+            group = self.mesh.group(axis)
+            if group is not None:
+                dist.all_reduce(self.gradients[first:last], group=group)
+
+    def reduce(self) -> None:
+        """FSDP2 did so in backward."""
+
+    def publish(self) -> None:
+        """Masters are the parameters; FSDP2 gathers them when they are needed."""
+
+
+def _local(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local().detach()
+
+
+def _first_row(tensor: Tensor) -> int:
+    """FSDP2 divides dim 0 in equal runs, the last of them shorter or empty (torch.chunk)."""
+    assert isinstance(tensor, DTensor)
+    rows, mesh = tensor.shape[0], tensor.device_mesh
+    return min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
+
+
+def rebound(held: Iterable[Held], stages: Iterable[nn.Module]) -> list[Held]:
+    """The same parameters after FSDP2 has put others in their place."""
+    now = {name: parameter for stage in stages for name, parameter in stage.named_parameters()}
+    return [replace(one, tensor=now[one.name]) for one in held]
