@@ -33,7 +33,8 @@ class GShard:
         expert that alone keeps a token has weight 1.
     batch_prioritized: serve tokens by their best gate, highest first, rather than by position.
     eval_capacity_fraction, eval_capacity_length: in evaluation an expert takes ceil(fraction·S) tokens, or
-        ceil(fraction·length) when a length is given; a fraction of 0 or below keeps training's capacity.
+        ceil(fraction·length) when a length is given (fairseq's branch `nllb` has that); a fraction of 0 or
+        below keeps training's capacity.
         fairscale knows neither and always has training's.
     """
 
