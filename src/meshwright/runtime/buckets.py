@@ -78,7 +78,7 @@ class Bucket:
             full[place] = tensor.detach().flatten()
             tensor.data = self.weights[place].view(tensor.shape)
             tensor.grad_dtype = torch.float32
-            tensor.grad = self.gradients[place].view(tensor.shape)
+            tensor.grad = self._place(member)
         width = size // ranks
         self.start = self.mesh.position(self.axis) * width if self.divided else 0
         self.stop = self.start + width
@@ -107,16 +107,27 @@ class Bucket:
             if group is not None:
                 dist.all_reduce(self.gradients[first:last], group=group)
 
+    def _place(self, member: _Member) -> Tensor:
+        return self.gradients[member.start : member.stop].view(member.held.tensor.shape)
+
     def clear(self) -> None:
         """Set all gradients to zero."""
         self.gradients.zero_()
+        for member in self.members:
+            member.held.tensor.grad = self._place(member)
 
     def gradient(self, name: str) -> Tensor | None:
         """The whole gradient of a parameter, if it is here."""
         return next((m.held.tensor.grad for m in self.members if m.held.name == name), None)
 
     def collect(self) -> None:
-        """Gradients are where they add up already."""
+        """Gradients add up in the buffer, unless somebody has taken a parameter's view of it away: torch's
+        pipelining clears gradients of modules with FSDP2 parts before its first step."""
+        for member in self.members:
+            grad, place = member.held.tensor.grad, self._place(member)
+            if grad is None or grad.data_ptr() != place.data_ptr():
+                place.zero_() if grad is None else place.copy_(grad)
+                member.held.tensor.grad = place
 
     def reduce(self) -> None:
         """Add up over the data axis."""
