@@ -31,7 +31,7 @@ from meshwright.ir.parameters import (
     layer_parameters,
 )
 from meshwright.ir.schedule import ActionKind, Schedule, build_schedule, rank_of
-from meshwright.ir.step import gather_phases, reduces_each_micro_batch, step_tasks
+from meshwright.ir.step import gather_phases, reduces_by_block, reduces_each_micro_batch, step_tasks
 from meshwright.ir.tasks import CommTask, Phase, Task
 from meshwright.layout import Layout
 from meshwright.model import Model
@@ -127,7 +127,19 @@ class Program:
                 if isinstance(task, CommTask):
                     gather = task.kind is CollectiveKind.ALL_GATHER and task.axis in ("dp_cp", "edp")
                     yield task, gathers[task.phase] if gather else count
-        yield from ((task, 1) for task in self.step[pp_rank])
+        by_block = reduces_by_block(self.engine, self.plan.policy.zero_stage)
+        for task in self.step[pp_rank]:
+            if not (by_block and task.name in ("gradients.dense", "gradients.experts")):
+                yield task, 1
+        if by_block:
+            yield from ((task, 1) for stage in self.stages_of(pp_rank) for task in self._reductions(stage))
+
+    def _reductions(self, stage: StageProgram) -> Iterator[CommTask]:
+        """The reduction of each block's gradients: together what `gradients.dense` and `.experts` sum up."""
+        width, layout = self.engine.gradient_bytes.value, self.plan.layout
+        for block in stage.blocks:
+            params = block_parameters(self.plan.model, block.name)
+            yield from gradient_reductions(block.name, params, layout, width)
 
     def _gathers(self, stage: StageProgram) -> Counter[str]:
         """How often ZeRO-3 gathers a stage's parameters before each phase.

@@ -89,19 +89,27 @@ def communication(facts: StepFacts, held: Holding, has_embedding: bool, has_head
     yield from _scalars(facts, held)
 
 
+def reduces_by_block(engine: Engine, zero_stage: ZeroStage) -> bool:
+    """Whether each block's gradients are reduced in a call of their own, once per step: FSDP2 does so where
+    gradients add up over micro-batches first."""
+    return zero_stage == 3 and engine.reduces_gradients.value == "once_per_step"
+
+
 def _partial_gradients(facts: StepFacts, held: Holding) -> Iterator[CommTask]:
     """Gradients that are partial sums: over tp those of norms and router (each rank saw its share of the
     tokens) and of norms shared by heads; over the ranks of tp that hold the same key-value heads; over etp
-    those of the experts' output biases."""
+    those of the experts' output biases. Where FSDP2 has divided the gradients before, a share of each."""
     width, tp = facts.engine.gradient_bytes.value, facts.ranks("tp")
     partial = held.partial if facts.sequence_parallel else held.partial_by_heads
-    for name, axis, ranks, elements in (
-        ("partial", "tp", tp, partial),
-        ("replicated_heads", "tp", tp // facts.model.kv_heads, held.replicated),
-        ("expert_biases", "etp", facts.ranks("etp"), held.uncut),
+    divided = reduces_by_block(facts.engine, facts.zero_stage)
+    for name, axis, ranks, elements, data_axis in (
+        ("partial", "tp", tp, partial, "dp_cp"),
+        ("replicated_heads", "tp", tp // facts.model.kv_heads, held.replicated, "dp_cp"),
+        ("expert_biases", "etp", facts.ranks("etp"), held.uncut, "edp"),
     ):
         if not is_everywhere_nothing(elements) and not is_one(ranks):
-            size = elements * width
+            own = -(-elements // facts.ranks(data_axis)) if divided else elements
+            size = own * width
             yield CommTask(f"gradients.{name}", "step", CollectiveKind.ALL_REDUCE, axis, ranks, size)
 
 
@@ -110,7 +118,10 @@ def _tied_embedding(facts: StepFacts, has_embedding: bool, has_head: bool) -> It
     if not facts.model.tie_word_embeddings or has_embedding == has_head:
         return
     table = next(iter(embedding_parameters(facts.model)))
-    size = local_numel(table, facts.sizes) * facts.engine.gradient_bytes.value
+    elements = local_numel(table, facts.sizes)
+    if reduces_by_block(facts.engine, facts.zero_stage):
+        elements = -(-elements // facts.ranks("dp_cp"))
+    size = elements * facts.engine.gradient_bytes.value
     yield CommTask("gradients.tied_embedding", "step", CollectiveKind.ALL_REDUCE, "embedding", 2, size)
 
 

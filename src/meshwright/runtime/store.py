@@ -77,9 +77,7 @@ def _dense_partial(held: Sequence[Held], mesh: Mesh, sequence_parallel: bool) ->
         h.name for h in held if h.param.partial_over_tp and (sequence_parallel or h.param.shared_by_heads)
     )
     copies = frozenset(
-        h.name
-        for h in held
-        if copied and h.param.blocks is not None and mesh.size("tp") > h.param.blocks
+        h.name for h in held if copied and h.param.blocks is not None and mesh.size("tp") > h.param.blocks
     )
     return [("tp", partial), ("kv_copies", copies)]
 
