@@ -1,0 +1,1 @@
+"""Training on PyTorch: the only place that imports torch."""
