@@ -31,7 +31,8 @@ class Mesh:
     """One rank's place in a layout, and the groups that it speaks in.
 
     `groups` lacks the axes along which the layout has one rank: nothing is sent there. `kv_copies` joins the
-    ranks of tp that hold the same key-value heads, `embedding` the first and the last stage.
+    ranks of tp that hold the same key-value heads, `embedding` the first and the last stage. `coordination`
+    joins all over gloo where the others speak NCCL, for what is no tensor.
     """
 
     layout: Layout
@@ -74,6 +75,8 @@ def build_mesh(layout: Layout, rank: int, device: torch.device, kv_heads: int = 
             groups["embedding"] = _group([stages[0], stages[-1]], "embedding")
     if layout.world_size > 1:
         groups["world"] = _group(list(range(layout.world_size)), "world")
+        if device.type == "cuda":
+            groups["coordination"] = dist.new_group(backend="gloo", group_desc="coordination")
     return Mesh(layout, rank, device, groups)
 
 

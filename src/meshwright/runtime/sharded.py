@@ -38,7 +38,7 @@ def shard_stage(stage: Stage, mesh: Mesh, kind: torch.dtype) -> None:
             fully_shard(one, mesh=over_edp, mp_policy=policy)
         experts = {parameter for one in _experts(stage) for parameter in one.parameters()}
     if mesh.group("dp_cp") is None:
-        dense = {parameter for parameter in stage.parameters()} - experts
+        dense = set(stage.parameters()) - experts
         fully_shard(stage, mesh=mesh.device_mesh("edp"), mp_policy=policy, ignored_params=dense)
     else:
         over_dp = mesh.device_mesh("dp_cp")
