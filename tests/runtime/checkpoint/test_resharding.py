@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from meshwright.ir.sharding import local_shape, local_slice, zero_degree
 from meshwright.layout import Layout
 from meshwright.model import Model
 from meshwright.runtime.checkpoint import Piece, Pieces, flat_pieces, load, local_pieces, save, survey, whole
+from meshwright.runtime.checkpoint import folder as disk
 
 from .conftest import Crew
 
@@ -178,6 +180,43 @@ def test_plain_dcp_reads_the_checkpoint(crew: Crew, tmp_path: Path) -> None:
         dcp.load(state, checkpoint_id=path)
     for name, tensor in state.items():
         assert torch.equal(bits(tensor), bits(whole_tensor(name, tuple(tensor.shape), tensor.dtype))), name
+
+
+def cut(values: Tensor, seed: int, num_ranks: int) -> list[tuple[int, int]]:
+    """A flat range for each rank, of any length, none at all among them."""
+    chance = torch.Generator().manual_seed(seed)
+    inner = torch.randint(0, values.numel() + 1, (num_ranks - 1,), generator=chance).sort().values
+    cuts = [0, *inner.tolist(), values.numel()]
+    return list(pairwise(cuts))
+
+
+def test_any_flat_cut_loads_any_other(crew: Crew, tmp_path: Path) -> None:
+    """Ranks hold one, many or no rectangles, and how many is no guide to which is which."""
+    shapes = [(2, 3, 4), (5, 7), (23,), (3, 1, 5, 2)]
+    values = {f"{shape}.{seed}": torch.randn(shape) for shape in shapes for seed in range(8)}
+
+    def pieces(name: str, seed: int, rank: int, num_ranks: int, filled: bool) -> Pieces:
+        whole = values[name]
+        start, stop = cut(whole, seed, num_ranks)[rank]
+        flat = whole.flatten()[start:stop].clone() if filled else torch.zeros(stop - start)
+        return flat_pieces([(0, size) for size in whole.shape], flat, start, stop, whole.shape)
+
+    def saving(rank: int) -> Path:
+        return save(tmp_path, 1, {name: pieces(name, k, rank, 4, True) for k, name in enumerate(values)}, {})
+
+    def loading(rank: int) -> bool:
+        state = {name: pieces(name, 100 + k, rank, 3, False) for k, name in enumerate(values)}
+        load(disk.step_folder(tmp_path, 1), state)
+        return all(
+            torch.equal(found.tensor, expected.tensor)
+            for k, name in enumerate(values)
+            for found, expected in zip(
+                state[name].pieces, pieces(name, 100 + k, rank, 3, True).pieces, strict=True
+            )
+        )
+
+    crew(4, saving)
+    assert crew(3, loading) == [True] * 3
 
 
 def test_overlapping_parts_may_be_wanted(tmp_path: Path) -> None:

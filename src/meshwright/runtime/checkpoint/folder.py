@@ -119,18 +119,22 @@ def prepare(folder: Path, step: int) -> Path:
 
 def commit(path: Path, step: int, extra: str, files: Mapping[str, FileRecord]) -> None:
     """Make a folder whose data files are on the disk a whole checkpoint: the marker comes last."""
-    files = {**files, EXTRA: _write(path / EXTRA, extra)}
+    files = {**files, EXTRA: _write(path / EXTRA, extra.encode("utf-8"))}
     listed = {name: asdict(files[name]) for name in sorted(files)}
     manifest = {"format": _FORMAT, "step": step, "files": listed}
-    record = _write(path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    record = _write(path / MANIFEST, f"{json.dumps(manifest, indent=1)}\n".encode())
     _sync_folder(path)
-    _write(path / MARKER, record.sha256 + "\n")
+    _write(path / MARKER, _marker(record.sha256))
     _sync_folder(path)
 
 
-def _write(path: Path, text: str) -> FileRecord:
+def _marker(manifest_sha256: str) -> bytes:
+    return f"{manifest_sha256}\n".encode()
+
+
+def _write(path: Path, data: bytes) -> FileRecord:
     with hashed_file(path) as stream:
-        stream.write(text.encode("utf-8"))
+        stream.write(data)
     return stream.record()
 
 
@@ -183,10 +187,11 @@ def whole(path: Path) -> dict[str, FileRecord]:
     """The files of a whole checkpoint with their records. Raises MeshwrightError that names what is not
     right; contents are not looked at."""
     if not path.is_dir():
-        raise MeshwrightError(f"{path}: there is no such checkpoint")
+        reason = "it is not a folder" if os.path.lexists(path) else "there is no such checkpoint"
+        raise MeshwrightError(f"{path}: {reason}")
     marker = _read(path, MARKER, f"{MARKER} is missing: the save did not finish")
     manifest = _read(path, MANIFEST, f"{MANIFEST} is missing")
-    if marker.decode("ascii", "replace").strip() != hashlib.sha256(manifest).hexdigest():
+    if marker != _marker(hashlib.sha256(manifest).hexdigest()):
         raise MeshwrightError(f"{path}: {MANIFEST} is not the one that {MARKER} was written for")
     files = _listed_files(path, manifest)
     for name, record in files.items():

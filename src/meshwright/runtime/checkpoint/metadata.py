@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from meshwright.errors import MeshwrightError, shown
 from meshwright.runtime.checkpoint.folder import METADATA, FileRecord
@@ -48,7 +48,7 @@ class _Unpickler(pickle.Unpickler):
 def parse_metadata(data: bytes, files: Mapping[str, FileRecord]) -> Metadata:
     """DCP's description of a checkpoint with these files. Raises MeshwrightError for anything else."""
     try:
-        metadata = _Unpickler(io.BytesIO(data)).load()
+        metadata: Metadata = _Unpickler(io.BytesIO(data)).load()
         _check_tensors(metadata)
         _check_places(metadata, files)
     except MeshwrightError:
@@ -56,6 +56,11 @@ def parse_metadata(data: bytes, files: Mapping[str, FileRecord]) -> Metadata:
     except Exception as error:  # a pickle made by hand can fail in any way
         raise MeshwrightError(f"{METADATA} does not describe a checkpoint ({type(error).__name__})") from None
     return metadata
+
+
+def saved_tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """Shape, dtype and rectangles of each tensor by name; parsed metadata holds nothing but tensors."""
+    return cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
 
 
 def _check_tensors(metadata: Any) -> None:
@@ -86,7 +91,7 @@ def _check_places(metadata: Metadata, files: Mapping[str, FileRecord]) -> None:
             raise MeshwrightError(f"{METADATA} reads {index.fqn} from beyond the end of {info.relative_path}")
         if info.transform_descriptors:
             raise MeshwrightError(f"{METADATA} reads {index.fqn} through a filter, which is not done here")
-    for name, saved in metadata.state_dict_metadata.items():
+    for name, saved in saved_tensors(metadata).items():
         for chunk in saved.chunks:
             if MetadataIndex(name, chunk.offsets) not in metadata.storage_data:
                 raise MeshwrightError(f"{METADATA} says of no file that it holds a part of {name}")

@@ -15,8 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 
@@ -67,7 +70,7 @@ class PiecesSavePlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         """The tensor behind a rectangle; DCP's own look-up takes nothing but tensors."""
-        return self.state_dict[index.fqn].__get_tensor_shard__(index)
+        return _tensor_at(self.state_dict, index)
 
 
 def _check_plans(plans: list[SavePlan]) -> None:
@@ -83,8 +86,9 @@ def _check_plans(plans: list[SavePlan]) -> None:
     parts: dict[str, set[Rectangle]] = {name: set() for name in declared}
     for plan in plans:
         for item in plan.items:
-            chunk = item.tensor_data.chunk
-            parts[item.index.fqn].add((tuple(chunk.offsets), tuple(chunk.sizes)))
+            if item.tensor_data is not None:
+                chunk = item.tensor_data.chunk
+                parts[item.index.fqn].add((tuple(chunk.offsets), tuple(chunk.sizes)))
     tilings = Tilings()
     for name, (shape, _) in declared.items():
         tilings.check(name, shape, parts[name])
@@ -106,7 +110,11 @@ class PiecesLoadPlanner(DefaultLoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         """The tensor that a rectangle is read into."""
-        return self.state_dict[index.fqn].__get_tensor_shard__(index)
+        return _tensor_at(self.state_dict, index)
+
+
+def _tensor_at(state: Mapping[str, Pieces], index: MetadataIndex) -> Tensor:
+    return state[index.fqn].__get_tensor_shard__(index).detach()
 
 
 def check_saved(saved: Mapping[str, TensorStorageMetadata], rank: int, num_ranks: int) -> None:

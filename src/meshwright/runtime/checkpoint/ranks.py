@@ -46,7 +46,7 @@ class Ranks:
             if failures:
                 verdict = (None, failures[0])
             else:
-                values: list[Any] = [value for value, _ in outcomes]
+                values = [cast(T, value) for value, _ in outcomes]
                 verdict = _outcome(doing, lambda: conclude(values))[:2]
         result, message = contact(doing, lambda: self._broadcast(verdict))
         if message is not None:
@@ -73,9 +73,9 @@ class Ranks:
     def _broadcast(self, value: T) -> T:
         if not self.distributed:
             return value
-        values = [value]
+        values: list[Any] = [value]
         dist.broadcast_object_list(values, group=self.group, group_src=0)
-        return values[0]
+        return cast(T, values[0])
 
 
 def contact(doing: str, exchange: Callable[[], T]) -> T:

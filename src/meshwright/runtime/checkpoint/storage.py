@@ -6,19 +6,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from meshwright.errors import MeshwrightError
-from meshwright.runtime.checkpoint.folder import FileRecord, HashedStream, hashed_file
+from meshwright.runtime.checkpoint.folder import FileRecord, hashed_file
 from meshwright.runtime.checkpoint.metadata import StorageInfo
 from meshwright.runtime.checkpoint.rectangles import spelled
 
@@ -30,7 +29,7 @@ class HashedFiles(FileSystem):
         self.records: dict[str, FileRecord] = {}
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[HashedStream]:
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
         """A file to be written; nothing is read through this file system."""
         if mode != "wb":
             raise ValueError(f"a checkpoint's files are only written here, not opened as {mode!r}")
@@ -52,12 +51,9 @@ class PiecesWriter(FileSystemWriter):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, sync_files=False)  # HashedFiles syncs, buffers and all
-        self.fs = HashedFiles()
-
-    @property
-    def records(self) -> dict[str, FileRecord]:
-        """The files that this rank wrote."""
-        return self.fs.records
+        self.fs = files = HashedFiles()
+        self.records = files.records
+        """The files that this rank has written."""
 
     def storage_meta(self) -> StorageMeta | None:
         """None: DCP would write down where on this machine the checkpoint was made."""
@@ -68,10 +64,11 @@ class PiecesWriter(FileSystemWriter):
         results: list[WriteResult] = []
         if plan.items:
             name = f"{plan.storage_data.prefix}0.distcp"
-            with self.fs.create_stream(Path(self.path) / name, "wb") as stream:
+            with self.fs.create_stream(Path(self.path) / name, "wb") as file:
+                stream = cast(IO[bytes], file)
                 for item in plan.items:
                     offset = stream.tell()
-                    torch.save(_compact(planner.resolve_data(item)), stream)
+                    torch.save(_compact(cast(Tensor, planner.resolve_data(item))), stream)
                     length = stream.tell() - offset
                     results.append(WriteResult(item.index, length, StorageInfo(name, offset, length)))
         done: Future[list[WriteResult]] = Future()
@@ -105,12 +102,21 @@ class PiecesReader(FileSystemReader):
         for name, parts in wanted.items():
             with open(Path(self.path) / name, "rb") as file:
                 for index in sorted(parts, key=lambda index: self.storage_data[index].offset):
-                    view = self._slice_file(file, self.storage_data[index])
-                    saved = torch.load(view, map_location="cpu", weights_only=True)
+                    saved = _tensor_in(name, self._slice_file(file, self.storage_data[index]))
                     _fill(name, saved, parts[index], planner)
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+
+def _tensor_in(name: str, view: IO[bytes]) -> Tensor:
+    try:
+        saved = torch.load(view, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes made by hand can fail in any way
+        raise MeshwrightError(f"{name} holds something that is no tensor ({type(error).__name__})") from error
+    if not isinstance(saved, Tensor):
+        raise MeshwrightError(f"{name} holds something that is no tensor ({type(saved).__name__})")
+    return saved
 
 
 def _fill(name: str, saved: Tensor, items: list[ReadItem], planner: LoadPlanner) -> None:

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from meshwright.errors import MeshwrightError, shown
 from meshwright.runtime.checkpoint import folder as disk
 from meshwright.runtime.checkpoint.folder import EXTRA, METADATA, FileRecord
-from meshwright.runtime.checkpoint.metadata import parse_metadata
+from meshwright.runtime.checkpoint.metadata import parse_metadata, saved_tensors
 from meshwright.runtime.checkpoint.pieces import Pieces
 from meshwright.runtime.checkpoint.planning import (
     PiecesLoadPlanner,
@@ -68,19 +69,9 @@ def save(
 
     path, text = ranks.concluded(doing, check, prepare)
     try:
-        writer = PiecesWriter(path)
-        _in_dcp(
-            doing,
-            lambda: dcp.save(
-                dict(state),
-                storage_writer=writer,
-                planner=PiecesSavePlanner(),
-                process_group=ranks.group,
-                no_dist=not ranks.distributed,
-            ),
-        )
+        written = _write(doing, path, state, ranks)
         ranks.concluded(
-            doing, lambda: writer.records, lambda records: disk.commit(path, step, text, _merged(records))
+            doing, lambda: written, lambda records: disk.commit(path, step, text, _merged(records))
         )
     except MeshwrightError:
         if ranks.is_first:
@@ -115,7 +106,7 @@ def load(
     files = ranks.concluded(doing, lambda: path.name, opened)
     ranks.together(doing, lambda: _verify_share(path, files, ranks))
     metadata, extra = ranks.together(doing, lambda: _described(path, files))
-    saved = metadata.state_dict_metadata
+    saved = saved_tensors(metadata)
 
     def compare() -> set[str]:
         check_saved(saved, ranks.rank, ranks.size)
@@ -127,16 +118,7 @@ def load(
             _refuse_left_over(path, sorted(saved.keys() - set().union(*wanted)))
 
     ranks.concluded(doing, compare, left_over)
-    _in_dcp(
-        doing,
-        lambda: dcp.load(
-            dict(state),
-            storage_reader=PiecesReader(path, metadata),
-            planner=PiecesLoadPlanner(),
-            process_group=ranks.group,
-            no_dist=not ranks.distributed,
-        ),
-    )
+    _read(doing, path, metadata, state, ranks)
     return extra
 
 
@@ -153,6 +135,36 @@ def newest(folder: str | Path, process_group: dist.ProcessGroup | None = None) -
         return None
 
     return ranks.first_does(f"looking for checkpoints in {folder}", look)
+
+
+def _write(doing: str, path: Path, state: Mapping[str, Pieces], ranks: Ranks) -> dict[str, FileRecord]:
+    """Let DCP plan and write; the files that this rank wrote."""
+    writer = PiecesWriter(path)
+    _in_dcp(
+        doing,
+        lambda: dcp_save(
+            dict(state),
+            storage_writer=writer,
+            planner=PiecesSavePlanner(),
+            process_group=ranks.group,
+            no_dist=not ranks.distributed,
+        ),
+    )
+    return writer.records
+
+
+def _read(doing: str, path: Path, metadata: Metadata, state: Mapping[str, Pieces], ranks: Ranks) -> None:
+    """Let DCP plan and read what metadata that was verified describes."""
+    _in_dcp(
+        doing,
+        lambda: dcp_load(
+            dict(state),
+            storage_reader=PiecesReader(path, metadata),
+            planner=PiecesLoadPlanner(),
+            process_group=ranks.group,
+            no_dist=not ranks.distributed,
+        ),
+    )
 
 
 def _check_arguments(step: int, keep: int | None) -> None:
@@ -233,4 +245,6 @@ def _in_dcp(doing: str, call: Callable[[], object]) -> None:
             contact(doing, call)
         except CheckpointException as error:
             cause = error.failures[min(error.failures)][0]
+            if not isinstance(cause, Exception):  # an interrupt stays one
+                raise cause from None
             raise MeshwrightError(message_of(doing, cause)) from cause
