@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -46,6 +47,9 @@ def train(asked: Asked) -> None:
     _check(asked)
     plan, changes = _plan(asked)
     _require_extra()
+    # Threads that spin while they wait take the cores from ranks that work: a hundred times slower where
+    # others compute too. Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from meshwright.runtime.command import train_plan
     from meshwright.runtime.data import unigram_entropy
     from meshwright.runtime.train import Run

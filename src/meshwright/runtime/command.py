@@ -67,7 +67,7 @@ def train_plan(
 def require_trainable(plan: Plan) -> None:
     """Raise InputError for what the native runtime does not train, where `verify` has no rule for it."""
     if plan.policy.engine != "native":
-        rule = "meshwright trains with its own engine; `export` writes files for others"
+        rule = "meshwright trains with its own engine, and plans for others"
         raise InputError("policy.engine", plan.policy.engine, rule, ["native"])
     if plan.layout.pp == 1 and plan.layout.vpp > 1:
         raise InputError("layout.vpp", plan.layout.vpp, "one pipeline rank has nothing to interleave", [1])

@@ -133,7 +133,7 @@ class _Ranks:
         waiting = {process.sentinel: rank for rank, process in enumerate(self.processes)}
         while waiting:
             for sentinel in connection.wait(list(waiting)):
-                rank = waiting.pop(sentinel)  # type: ignore[call-overload]
+                rank = waiting.pop(sentinel)
                 process = self.processes[rank]
                 process.join()
                 if process.exitcode:
@@ -143,9 +143,9 @@ class _Ranks:
         """What the ranks said, the clearest first: one that lost its peer says less than the peer."""
         said = [self._said(number) for number in range(len(self.processes))]
         for kind in ("input", "message"):
-            for number, words in enumerate(said):
+            for words in said:
                 if words is not None and words[0] == kind:
-                    return MeshwrightError(words[1] if kind == "input" else f"rank {number}: {words[1]}")
+                    return MeshwrightError(words[1])
         words = said[rank]
         if words is not None:
             return RuntimeError(f"rank {rank}: {words[1]}")

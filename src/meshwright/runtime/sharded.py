@@ -62,8 +62,8 @@ def _blocks(stage: Stage) -> Iterator[nn.Module | list[nn.Module]]:
     tied = stage.has_embedding and stage.has_head and stage.head is None
     if tied:
         return
-    first = [part for part in (stage.embedding, stage.positions) if part is not None]
-    last = [part for part in (stage.norm, stage.head) if part is not None]
+    first: list[nn.Module] = [part for part in (stage.embedding, stage.positions) if part is not None]
+    last: list[nn.Module] = [part for part in (stage.norm, stage.head) if part is not None]
     if stage.has_embedding:
         yield first
     if stage.has_head:

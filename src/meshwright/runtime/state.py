@@ -59,8 +59,9 @@ def restore(trainer: Trainer, stream: DataStream, path: Path) -> None:
     Raises MeshwrightError where the checkpoint is broken, and InputError where the model, the optimizer or
     the data are not those of the plan.
     """
-    extra = checkpoint.load(path, tensors(trainer), process_group=trainer.mesh.group("coordination"))
-    _check_plan(trainer.plan, extra["plan"])
+    group = trainer.mesh.group("coordination")
+    _check_plan(trainer.plan, checkpoint.described(path, group)["plan"])
+    extra = checkpoint.load(path, tensors(trainer), process_group=group)
     stream.restore(extra["data"])
     trainer.steps = int(extra["step"])
     trainer.scaler.restore(extra["scaler"])

@@ -53,7 +53,7 @@ def train(plan: Plan, mesh: Mesh, stream: DataStream, run: Run, started: Started
     rows = rows_of_rank(plan, mesh)
     saved = trainer.steps if run.resume else None
     while trainer.steps < trainer.training.steps:
-        started = time.perf_counter()
+        began = time.perf_counter()
         batch = stream.next(rows)
         scale = trainer.scaler.scale
         try:
@@ -65,7 +65,7 @@ def train(plan: Plan, mesh: Mesh, stream: DataStream, run: Run, started: Started
             ) from None
         if mesh.device.type == "cuda":
             torch.cuda.synchronize(mesh.device)
-        report(record(trainer, result, batch, time.perf_counter() - started, scale))
+        report(record(trainer, result, batch, time.perf_counter() - began, scale))
         if run.save_every and trainer.steps % run.save_every == 0:
             saved = _save(trainer, stream, run)
     if run.checkpoints is not None and saved != trainer.steps:

@@ -3,13 +3,14 @@
 from meshwright.runtime.checkpoint.folder import Found, survey
 from meshwright.runtime.checkpoint.pieces import Piece, Pieces, flat_pieces, local_pieces, whole
 from meshwright.runtime.checkpoint.rectangles import Rectangle, rectangles
-from meshwright.runtime.checkpoint.store import load, newest, save
+from meshwright.runtime.checkpoint.store import described, load, newest, save
 
 __all__ = [
     "Found",
     "Piece",
     "Pieces",
     "Rectangle",
+    "described",
     "flat_pieces",
     "load",
     "local_pieces",

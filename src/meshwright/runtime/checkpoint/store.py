@@ -122,6 +122,17 @@ def load(
     return extra
 
 
+def described(path: str | Path, process_group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+    """The `extra` of a checkpoint alone, verified: what it was saved with is known before anything is filled.
+    Raises MeshwrightError."""
+    path = Path(path)
+
+    def read() -> dict[str, Any]:
+        return _described(path, disk.whole(path))[1]
+
+    return Ranks(process_group).together(f"reading {path}", read)
+
+
 def newest(folder: str | Path, process_group: dist.ProcessGroup | None = None) -> Path | None:
     """The whole checkpoint of the highest step, or None. Broken ones are passed over, and logged with what
     is wrong with them; `survey` lists all. Contents are verified by `load`."""
