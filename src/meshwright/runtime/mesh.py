@@ -69,14 +69,14 @@ def build_mesh(layout: Layout, rank: int, device: torch.device, kv_heads: int = 
             groups[axis] = _group(layout.group_of(rank, axis, view), axis)
     if layout.tp > kv_heads:
         groups["kv_copies"] = _kv_copies(layout, rank, kv_heads)
-    if layout.pp > 1:
-        stages = layout.group_of(rank, "pp")
-        if rank in (stages[0], stages[-1]):
-            groups["embedding"] = _group([stages[0], stages[-1]], "embedding")
     if layout.world_size > 1:
         groups["world"] = _group(list(range(layout.world_size)), "world")
         if device.type == "cuda":
             groups["coordination"] = dist.new_group(backend="gloo", group_desc="coordination")
+    if layout.pp > 1:  # last: torch names a group by how many its members have made before it
+        stages = layout.group_of(rank, "pp")
+        if rank in (stages[0], stages[-1]):
+            groups["embedding"] = _group([stages[0], stages[-1]], "embedding")
     return Mesh(layout, rank, device, groups)
 
 
