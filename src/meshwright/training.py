@@ -82,8 +82,18 @@ def _plan(asked: Asked) -> tuple[Plan, Sequence[str]]:
     if asked.steps is not None:
         training = (plan.training or Training()).model_copy(update={"steps": asked.steps})
         plan = plan.model_copy(update={"training": training})
+    _require_trainable(plan)
     require_valid(plan)
     return plan, changes
+
+
+def _require_trainable(plan: Plan) -> None:
+    """Raise InputError for what the native runtime does not train, where `verify` has no rule for it."""
+    if plan.policy.engine != "native":
+        rule = "meshwright trains with its own engine, and plans for others"
+        raise InputError("policy.engine", plan.policy.engine, rule, ["native"])
+    if plan.layout.pp == 1 and plan.layout.vpp > 1:
+        raise InputError("layout.vpp", plan.layout.vpp, "one pipeline rank has nothing to interleave", [1])
 
 
 def _num_ranks(asked: Asked, plan: Plan) -> int | None:

@@ -45,9 +45,8 @@ def train_plan(
 ) -> None:
     """Train a plan that holds every rule of `verify`, on local ranks or as one of torchrun's.
 
-    `num_ranks` None takes the plan's where this machine is the plan's cluster. Raises InputError.
+    `num_ranks` None takes the plan's, where this machine is the plan's cluster. Raises InputError.
     """
-    require_trainable(plan)
     training = plan.training or Training()
 
     def opened() -> DataStream:
@@ -62,15 +61,6 @@ def train_plan(
     stream = opened()  # before the ranks start: they share what it has mapped
     count = _local_ranks(plan, num_ranks)
     run_local(plan, count, device, lambda mesh: _rank(plan, mesh, stream, run, audience))
-
-
-def require_trainable(plan: Plan) -> None:
-    """Raise InputError for what the native runtime does not train, where `verify` has no rule for it."""
-    if plan.policy.engine != "native":
-        rule = "meshwright trains with its own engine, and plans for others"
-        raise InputError("policy.engine", plan.policy.engine, rule, ["native"])
-    if plan.layout.pp == 1 and plan.layout.vpp > 1:
-        raise InputError("layout.vpp", plan.layout.vpp, "one pipeline rank has nothing to interleave", [1])
 
 
 def _local_ranks(plan: Plan, asked: int | None) -> int:
