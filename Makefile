@@ -7,6 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LIGHT := .venv/.installed-light
+TRAIN := .venv/.installed-train
 FULL := .venv/.installed-full
 WORKERS ?= 2
 
@@ -31,20 +32,29 @@ $(LIGHT): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 # torch alone first: a CPU wheel that is at hand answers to exactly this version.
-$(FULL): pyproject.toml constraints.txt | $(BIN)/python
+$(TRAIN): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -c constraints.txt $$(grep '^torch==' constraints.txt)
-	$(PIP) install -c constraints.txt -e '.[train,test,dev,docs]'
+	$(PIP) install -c constraints.txt -e '.[train]'
 	@touch $(LIGHT) $@
+
+$(FULL): $(TRAIN)
+	$(PIP) install -c constraints.txt -e '.[train,test,dev,docs]'
+	@touch $@
 
 LENGTHS := 128,1024,4096,10240
 
-demo: $(LIGHT)  ## audit the brief, print the groups of the repaired layout, then plan the brief's cluster
+TRAINED := --scale-down --steps 60 --set training.learning_rate=0.004 --set training.warmup_steps=5 \
+           --set model.router.aux_loss=0.01
+
+demo: $(TRAIN)  ## audit the brief, print the repaired layout's groups, plan its cluster, train it scaled down
 	@echo '$$ meshwright audit examples/brief.yaml'
 	@$(BIN)/meshwright audit examples/brief.yaml
 	@echo '$$ meshwright groups examples/brief-repaired.yaml'
 	@$(BIN)/meshwright groups examples/brief-repaired.yaml
 	@echo '$$ meshwright plan examples/brief-plan.yaml --against examples/brief-repaired.yaml --lengths $(LENGTHS)'
 	@$(BIN)/meshwright plan examples/brief-plan.yaml --against examples/brief-repaired.yaml --lengths $(LENGTHS)
+	@echo '$$ meshwright train examples/brief-repaired.yaml $(TRAINED)'
+	@$(BIN)/meshwright train examples/brief-repaired.yaml $(TRAINED)
 
 test: $(FULL)  ## all tests that need no GPU
 	$(BIN)/pytest -n $(WORKERS) -m "not gpu"
@@ -68,6 +78,7 @@ docs: $(FULL)  ## write the generated pages anew and build the site into site/
 bench: $(FULL)  ## how long the commands take to start, and how fast layouts are searched
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/training.py
 
 RUNS := benchmarks/accuracy/training_runs.csv
 CATALOG := src/meshwright/catalog

@@ -55,6 +55,7 @@ LEVEL_OF = {
     "validate": "validate",
     # what people see
     "terminal": "terminal",
+    "training": "training",
     "export": "export",
     "page": "page",
     "cli": "cli",
@@ -82,14 +83,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": IR | {"runtime"},
     "validate": COST | {"validate", "verify", "planner"},  # scores what the planner predicts
     "terminal": CONSUMERS | {"terminal", "validate"},
+    "training": CONSUMERS | {"terminal", "training"},
     "export": CONSUMERS | {"export"},
     "page": CONSUMERS | {"page"},
-    "cli": CONSUMERS | {"terminal", "validate", "export", "page", "cli", "package"},
+    "cli": CONSUMERS | {"terminal", "validate", "training", "export", "page", "cli", "package"},
     "main": {"cli", "ground"},
     "package": CONSUMERS,
 }
 # Step times need numpy, which most audits do without (docs/decisions/0011).
-MAY_IMPORT_IN_A_FUNCTION = {"cli": {"runtime"}, "audit": {"planner"}}
+MAY_IMPORT_IN_A_FUNCTION = {"training": {"runtime"}, "audit": {"planner"}}
 
 THIRD_PARTY = {"pydantic", "pydantic_core", "yaml", "rich", "typer"}
 """What every level may import."""

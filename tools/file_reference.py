@@ -68,9 +68,7 @@ For two `h100-sxm` nodes, `qwen3-30b-a3b` and nothing but a workload they take:
 """
 
 WITHOUT_EFFECT = {
-    "training.*": "the training runtime",
     "workload.routing": "the sharding of work: how uneven the experts' loads are",
-    "model.router.aux_loss_scope": "the training runtime: over which tokens the balancing loss is taken",
 }
 """Keys that are read and checked, while nothing computes with them: what will."""
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -204,6 +204,54 @@ def plan(
         show_plans(result, console)
 
     present(result.document, show, as_json, None)
+
+
+@app.command()
+def train(
+    file: Annotated[str, typer.Argument(metavar="PLAN", help="A plan's file, or a deployment file.")],
+    nproc: Annotated[
+        int | None, typer.Option(metavar="N", help="Ranks to start here; torchrun brings its own.")
+    ] = None,
+    scale_down: Annotated[
+        bool, typer.Option("--scale-down", help="Shrink model and layout to what one machine trains.")
+    ] = False,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the ranks compute.")] = "auto",
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Train that many steps.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="DIR", help="Keep plan, steps, checkpoints there.")
+    ] = None,
+    save_every: Annotated[
+        int, typer.Option(metavar="N", help="Save a checkpoint every N steps, not at the end alone.")
+    ] = 0,
+    keep: Annotated[int | None, typer.Option(metavar="N", help="Keep the newest N checkpoints.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in DIR, on any layout.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON line a step, nothing else.")
+    ] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Train a plan, on ranks of this machine or under torchrun."""
+    from meshwright.training import Asked
+    from meshwright.training import train as train_file
+
+    guard_input(file, None)
+    train_file(
+        Asked(
+            file,
+            tuple(overrides or ()),
+            nproc,
+            scale_down,
+            device,
+            steps,
+            output,
+            save_every,
+            keep,
+            resume,
+            as_json,
+        )
+    )
 
 
 @app.command()

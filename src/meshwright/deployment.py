@@ -51,7 +51,8 @@ class Training(Noun):
 
     The learning rate rises over `warmup_steps`, then falls along a cosine to `min_learning_rate` at the last
     step; with `warmup_steps` 0 it is constant. `beta1`, `beta2` and `epsilon` are AdamW's, `momentum` is
-    SGD's. Weight decay (decoupled) spares norms and biases. `gradient_clip` 0 clips nothing. `data` is a file
+    SGD's. Weight decay (decoupled under AdamW) spares norms and biases. `gradient_clip` 0 clips nothing.
+    `router_bias_rate` is how far a router's correction bias moves in a step. `data` is a file
     of text, JSON lines or Parquet, or a dataset's folder; without it a corpus that Python brings along.
     Documents are cut to the longest sequence of the workload and `packed` into sequences of that length,
     none attending to another, or `bucketed`: padded to one of a few lengths.
@@ -67,6 +68,7 @@ class Training(Noun):
     epsilon: Number = 1e-8
     momentum: Number = 0.0
     gradient_clip: Number = 1.0
+    router_bias_rate: Number = 0.001
     loss_scale: LossScale = LossScale()
     seed: CountOrZero = 0
     data: str | None = None
@@ -75,7 +77,13 @@ class Training(Noun):
 
     @model_validator(mode="after")
     def _within_bounds(self) -> Training:
-        for name in ("learning_rate", "min_learning_rate", "weight_decay", "gradient_clip"):
+        for name in (
+            "learning_rate",
+            "min_learning_rate",
+            "weight_decay",
+            "gradient_clip",
+            "router_bias_rate",
+        ):
             if getattr(self, name) < 0:
                 raise InputError(name, getattr(self, name), "not negative", [0])
         for name in ("beta1", "beta2", "momentum"):

@@ -23,10 +23,10 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives  # noqa: F401  imported once, here, not by every rank
+import torch.distributed._functional_collectives
 import torch.distributed.fsdp
 import torch.distributed.pipelining
-import torch.distributed.tensor  # noqa: F401
+import torch.distributed.tensor
 
 HOST = "127.0.0.1"
 LIMIT_S = 120.0

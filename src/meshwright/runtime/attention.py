@@ -43,13 +43,14 @@ class Tokens:
         included. Padding sees itself alone, so that no row is empty.
         """
         length = self.positions_SB.shape[0]
-        narrow = window is not None and window < length
-        if self.documents_BS is None and not narrow:
+        if window is not None and window >= length:
+            window = None
+        if self.documents_BS is None and window is None:
             return None
         place = torch.arange(length, device=self.positions_SB.device)
         behind = place.unsqueeze(1) - place.unsqueeze(0)
         seen = behind >= 0
-        if narrow:
+        if window is not None:
             seen &= behind < window
         if self.documents_BS is None:
             return seen.view(1, 1, length, length)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from meshwright.runtime.collectives import all_gather_single, reduce_scatter_single
 from meshwright.runtime.mesh import Mesh
 from meshwright.runtime.shares import Held, Share
 
@@ -134,7 +135,7 @@ class Bucket:
         if self.group is None:
             return
         if self.divided:
-            dist.reduce_scatter_tensor(self.own_gradients, self.gradients, group=self.group)
+            reduce_scatter_single(self.own_gradients, self.gradients, group=self.group)
         else:
             dist.all_reduce(self.gradients, group=self.group)
 
@@ -144,4 +145,4 @@ class Bucket:
         if self.masters.dtype != own.dtype:
             own.copy_(self.masters)
         if self.divided:
-            dist.all_gather_into_tensor(self.weights, own, group=self.group)
+            all_gather_single(self.weights, own, group=self.group)

@@ -14,8 +14,8 @@ from meshwright.runtime.mesh import Mesh
 from meshwright.runtime.model import Stage
 from meshwright.runtime.pipeline import COMPUTE_TYPES, Pipeline
 from meshwright.runtime.region import Setting
-from meshwright.runtime.shares import Held, fill, held_parameters
 from meshwright.runtime.sharded import rebound, shard_stage
+from meshwright.runtime.shares import Held, fill, held_parameters
 from meshwright.runtime.store import Store
 
 Values = Callable[[Held], Tensor]

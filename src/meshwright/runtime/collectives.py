@@ -16,6 +16,10 @@ from torch.distributed import ProcessGroup
 
 Group = ProcessGroup | None
 
+# torch 2.13 renames these two and warns of the old names, which are the only ones before it
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def gather(x: Tensor, group: Group) -> Tensor:
     """All ranks' x, one after another along dim 0; backward adds up their gradients and takes its own."""
@@ -62,7 +66,7 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
     if group is None:
         return x
     out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    all_gather_single(out, x.contiguous(), group=group)
     return out
 
 
@@ -71,7 +75,7 @@ def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     if group is None:
         return x
     out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    reduce_scatter_single(out, x.contiguous(), group=group)
     return out
 
 

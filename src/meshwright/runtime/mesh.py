@@ -31,7 +31,8 @@ class Mesh:
     """One rank's place in a layout, and the groups that it speaks in.
 
     `groups` lacks the axes along which the layout has one rank: nothing is sent there. `kv_copies` joins the
-    ranks of tp that hold the same key-value heads, `embedding` the first and the last stage.
+    ranks of tp that hold the same key-value heads, `embedding` the first and the last stage. `coordination`
+    joins all over gloo where the others speak NCCL, for what is no tensor.
     """
 
     layout: Layout
@@ -68,12 +69,14 @@ def build_mesh(layout: Layout, rank: int, device: torch.device, kv_heads: int = 
             groups[axis] = _group(layout.group_of(rank, axis, view), axis)
     if layout.tp > kv_heads:
         groups["kv_copies"] = _kv_copies(layout, rank, kv_heads)
-    if layout.pp > 1:
+    if layout.world_size > 1:
+        groups["world"] = _group(list(range(layout.world_size)), "world")
+        if device.type == "cuda":
+            groups["coordination"] = dist.new_group(backend="gloo", group_desc="coordination")
+    if layout.pp > 1:  # last: torch names a group by how many its members have made before it
         stages = layout.group_of(rank, "pp")
         if rank in (stages[0], stages[-1]):
             groups["embedding"] = _group([stages[0], stages[-1]], "embedding")
-    if layout.world_size > 1:
-        groups["world"] = _group(list(range(layout.world_size)), "world")
     return Mesh(layout, rank, device, groups)
 
 

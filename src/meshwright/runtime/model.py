@@ -134,5 +134,7 @@ class Stage(nn.Module):
     def _logits_TV(self, x_SBH: Tensor) -> Tensor:
         assert self.norm is not None
         x_SBH = self.setting.enter(self.norm(x_SBH))
-        weight = self.embedding.weight if self.head is None else self.head.weight
+        table = self.embedding if self.head is None else self.head
+        assert table is not None
+        weight = table.weight
         return F.linear(x_SBH.flatten(0, 1), weight).float()

@@ -8,6 +8,7 @@ stage, and gradients are not scaled again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +56,13 @@ class Pipeline:
             return self._alone(tokens, targets, extra)
         schedule = self._schedule(tokens.shape[1])
         losses: list[Tensor] = []
+        inputs: dict[str, Any] = {"targets": targets, **extra}
         schedule.step(
             *((tokens,) if self.is_first else ()),
             target=targets if self.is_last else None,
             losses=losses if self.is_last else None,
             return_outputs=False,
-            targets=targets,
-            **extra,
+            **inputs,
         )
         return _total(losses, self.mesh.device)
 

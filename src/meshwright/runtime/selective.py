@@ -64,14 +64,19 @@ def remade(compute: Compute, *inputs: Tensor) -> Tensor:
     return out
 
 
-def _pack(tensor: Tensor) -> Tensor | tuple[_Recipe, torch.Size, tuple[int, ...], int]:
+_Kept = Tensor | tuple[_Recipe, Any, Any, Any]
+"""A saved tensor itself, or how to make it again and how it lies in what is made: size, strides, offset."""
+
+
+def _pack(tensor: Tensor) -> _Kept:
     known = _recipes.get(tensor.untyped_storage().data_ptr())
-    if known is None or known[0]() is None or known[0]().dtype != tensor.dtype:  # type: ignore[union-attr]
+    made = None if known is None else known[0]()
+    if known is None or made is None or made.dtype != tensor.dtype:
         return tensor
     return known[1], tensor.size(), tensor.stride(), tensor.storage_offset()
 
 
-def _unpack(kept: Tensor | tuple[_Recipe, torch.Size, tuple[int, ...], int]) -> Tensor:
+def _unpack(kept: _Kept) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
     recipe, size, stride, offset = kept

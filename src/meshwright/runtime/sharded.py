@@ -38,7 +38,7 @@ def shard_stage(stage: Stage, mesh: Mesh, kind: torch.dtype) -> None:
             fully_shard(one, mesh=over_edp, mp_policy=policy)
         experts = {parameter for one in _experts(stage) for parameter in one.parameters()}
     if mesh.group("dp_cp") is None:
-        dense = {parameter for parameter in stage.parameters()} - experts
+        dense = set(stage.parameters()) - experts
         fully_shard(stage, mesh=mesh.device_mesh("edp"), mp_policy=policy, ignored_params=dense)
     else:
         over_dp = mesh.device_mesh("dp_cp")
@@ -62,8 +62,8 @@ def _blocks(stage: Stage) -> Iterator[nn.Module | list[nn.Module]]:
     tied = stage.has_embedding and stage.has_head and stage.head is None
     if tied:
         return
-    first = [part for part in (stage.embedding, stage.positions) if part is not None]
-    last = [part for part in (stage.norm, stage.head) if part is not None]
+    first: list[nn.Module] = [part for part in (stage.embedding, stage.positions) if part is not None]
+    last: list[nn.Module] = [part for part in (stage.norm, stage.head) if part is not None]
     if stage.has_embedding:
         yield first
     if stage.has_head:

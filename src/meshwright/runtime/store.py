@@ -1,4 +1,4 @@
-"""All parameters of a rank, in two parts: dense ones, and routed experts, which have data axes of their own."""
+"""All parameters of a rank, in two parts: dense ones, and routed experts, which have their own data axis."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from meshwright.runtime.buckets import Bucket
 from meshwright.runtime.mesh import Mesh
-from meshwright.runtime.shares import Held, Part, Share
 from meshwright.runtime.sharded import Sharded
+from meshwright.runtime.shares import Held, Part, Share
 
 Partial = list[tuple[str, frozenset[str]]]
 """Axes along which ranks hold partial sums of gradients, each with the parameters' names."""

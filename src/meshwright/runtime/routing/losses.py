@@ -166,7 +166,7 @@ def attach(weights: Tensor, loss: Tensor) -> Tensor:
     enters exactly when the gradient of the returned tensor is computed. It keeps no tensor, so that a
     recomputed forward pass adds nothing (the mechanism of megatron-core's MoEAuxLossAutoScaler).
     """
-    result: Tensor = _Attach.apply(weights, loss)  # type: ignore[no-untyped-call]
+    result: Tensor = _Attach.apply(weights, loss)
     return result
 
 

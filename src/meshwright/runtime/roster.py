@@ -1,0 +1,84 @@
+"""Who computes what: every rank's place, its part of the model, and the bytes that it really holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from meshwright.runtime.mesh import Mesh
+from meshwright.runtime.step import Trainer
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """One rank as it was built. `experts`: the first and the last of each layer that it holds.
+    `weight_bytes` and `state_bytes` are counted from the tensors that exist."""
+
+    rank: int
+    coordinates: dict[str, int]
+    stages: tuple[int, ...]
+    layers: tuple[int, ...]
+    has_embedding: bool
+    has_head: bool
+    experts: tuple[int, int] | None
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+
+def roster(trainer: Trainer) -> list[RankFacts]:
+    """The facts of all ranks, in order, on every rank."""
+    own = _own_facts(trainer)
+    world = trainer.mesh.layout.world_size
+    if world == 1:
+        return [own]
+    everyone: list[RankFacts] = [own] * world
+    dist.all_gather_object(everyone, own, group=trainer.mesh.group("coordination"))
+    return everyone
+
+
+def _own_facts(trainer: Trainer) -> RankFacts:
+    plan, mesh, replica = trainer.plan, trainer.mesh, trainer.replica
+    stages = replica.program.stages_of(mesh.position("pp"))
+    shares = replica.store.shares
+    gradients = [held.tensor.grad for held in replica.held if held.tensor.grad is not None]
+    divided = [share.gradient for share in shares if isinstance(share.held.tensor, DTensor)]
+    moments = [m for share in shares for m in trainer.optimizer.moments[id(share)].values()]
+    in_place = plan.workload.precision == "fp32"
+    masters = [
+        share.master for share in shares if not in_place and not isinstance(share.held.tensor, DTensor)
+    ]
+    return RankFacts(
+        mesh.rank,
+        _coordinates(mesh),
+        tuple(stage.index for stage in stages),
+        tuple(layer for stage in stages for layer in stage.layers),
+        any(stage.has_embedding for stage in stages),
+        any(stage.has_head for stage in stages),
+        _experts(trainer),
+        sum(_bytes(held.tensor) for held in replica.held),
+        sum(map(_bytes, gradients or divided)),
+        sum(map(_bytes, [*moments, *masters])),
+    )
+
+
+def _coordinates(mesh: Mesh) -> dict[str, int]:
+    layout = mesh.layout
+    expert = layout.coordinates(mesh.rank, "expert")
+    return {**layout.coordinates(mesh.rank), **{axis: expert[axis] for axis in ("etp", "ep", "edp")}}
+
+
+def _experts(trainer: Trainer) -> tuple[int, int] | None:
+    if next(trainer.moe_layers(), None) is None:
+        return None
+    local = trainer.plan.model.num_experts // trainer.mesh.size("ep")
+    first = trainer.mesh.position("ep") * local
+    return first, first + local - 1
+
+
+def _bytes(tensor: Tensor) -> int:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.numel() * local.element_size()

@@ -1,0 +1,124 @@
+"""What `meshwright train` was asked, checked, planned and handed to the runtime."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from meshwright.deployment import Training
+from meshwright.errors import InputError, MeshwrightError
+from meshwright.plan import Plan
+from meshwright.planner.planned import planned
+from meshwright.scale_down import scaled_down
+from meshwright.terminal.progress import progress_bar
+from meshwright.terminal.train import JsonLines, Screen
+from meshwright.verify import require_valid
+
+if TYPE_CHECKING:
+    from meshwright.runtime.data import DataStream
+
+SCALED_RANKS = 8
+"""Ranks of a scaled-down plan unless told otherwise: two of each of tp, pp and dp."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command line of `train`."""
+
+    file: str
+    overrides: tuple[str, ...]
+    nproc: int | None
+    scale_down: bool
+    device: Literal["auto", "cpu", "cuda"]
+    steps: int | None
+    output: str | None
+    save_every: int
+    keep: int | None
+    resume: bool
+    as_json: bool
+
+
+def train(asked: Asked) -> None:
+    """Train what was asked. Raises InputError and MeshwrightError."""
+    _check(asked)
+    plan, changes = _plan(asked)
+    _require_extra()
+    # Threads that spin while they wait take the cores from ranks that work: a hundred times slower where
+    # others compute too. Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from meshwright.runtime.command import train_plan
+    from meshwright.runtime.data import unigram_entropy
+    from meshwright.runtime.train import Run
+
+    output = None if asked.output is None else Path(asked.output)
+    folder = Path(asked.file).resolve().parent
+    run = Run(folder, output, asked.save_every, asked.keep, asked.resume)
+    training = plan.training or Training()
+
+    def audience(stream: DataStream) -> JsonLines | Screen:
+        if asked.as_json:
+            return JsonLines()
+        return Screen(plan, training.steps, changes, unigram_entropy(stream))
+
+    with progress_bar() as progress:
+
+        def told(done: int, total: int) -> None:
+            progress("reading text", done, total)
+
+        train_plan(plan, run, _num_ranks(asked, plan), asked.device, audience, told)
+
+
+def _plan(asked: Asked) -> tuple[Plan, Sequence[str]]:
+    with progress_bar() as progress:
+        plan = planned(asked.file, asked.overrides, "native", progress)
+    changes: tuple[str, ...] = ()
+    if asked.scale_down:
+        scaled = scaled_down(plan, SCALED_RANKS if asked.nproc is None else asked.nproc)
+        plan, changes = scaled.plan, scaled.changes
+    if asked.steps is not None:
+        training = (plan.training or Training()).model_copy(update={"steps": asked.steps})
+        plan = plan.model_copy(update={"training": training})
+    _require_trainable(plan)
+    require_valid(plan)
+    return plan, changes
+
+
+def _require_trainable(plan: Plan) -> None:
+    """Raise InputError for what the native runtime does not train, where `verify` has no rule for it."""
+    if plan.policy.engine != "native":
+        rule = "meshwright trains with its own engine, and plans for others"
+        raise InputError("policy.engine", plan.policy.engine, rule, ["native"])
+    if plan.layout.pp == 1 and plan.layout.vpp > 1:
+        raise InputError("layout.vpp", plan.layout.vpp, "one pipeline rank has nothing to interleave", [1])
+
+
+def _num_ranks(asked: Asked, plan: Plan) -> int | None:
+    return plan.layout.world_size if asked.scale_down else asked.nproc
+
+
+def _check(asked: Asked) -> None:
+    if asked.device not in ("auto", "cpu", "cuda"):
+        raise InputError("--device", asked.device, "where the ranks compute", ["auto", "cpu", "cuda"])
+    for flag, value in (("--nproc", asked.nproc), ("--steps", asked.steps), ("--keep", asked.keep)):
+        if value is not None and value < 1:
+            raise InputError(flag, value, "at least 1", [1])
+    if asked.save_every < 0:
+        raise InputError("--save-every", asked.save_every, "a number of steps; 0 saves at the end", [100])
+    for flag, given in (
+        ("--resume", asked.resume),
+        ("--save-every", asked.save_every),
+        ("--keep", asked.keep),
+    ):
+        if given and asked.output is None:
+            raise InputError("--output", "missing", f"{flag} needs the run's folder", ["-o runs/first"])
+
+
+def _require_extra() -> None:
+    """Raise MeshwrightError where the libraries of training are not installed: planning does without."""
+    for name in ("torch", "numpy", "datasets", "tokenizers", "tensorboard"):
+        if find_spec(name) is None:
+            raise MeshwrightError(f"training needs {name}: pip install 'meshwright[train]'")
