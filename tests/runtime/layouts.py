@@ -91,12 +91,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window_layers": [1, 3],
     },
 }
-CLIPS = {"gated": 0.5, "plain": 0.0, "tied": 0.5, "balanced": 0.5, "sigmoid": 0.0, "uneven": 1.0, "dense": 0.5}
+CLIPS = {
+    "gated": 0.5,
+    "plain": 0.0,
+    "tied": 0.5,
+    "balanced": 0.5,
+    "sigmoid": 0.0,
+    "uneven": 1.0,
+    "dense": 0.5,
+}
 """Where the gradient is cut; 0 cuts nothing."""
 SEEDS: dict[str, int] = {}
 """Seeds of first weights and of the batches' order, 0 where none is given: such that no decision of the
 router stands nearer to a tie than rounding reaches (see `test_no_decision_is_near_a_tie`)."""
-RATES = {"sgd": 0.1, "adamw": 1e-3}
+RATES = {"sgd": 0.1, "adamw": 3e-4}
 
 
 @dataclass(frozen=True)
@@ -219,57 +227,53 @@ GIVEN = (
     _case("gated", "dp2", "z0", "mb2"),
     _case("gated", "dp2 ep2", "z1", "mb2"),
     _case("gated", "dp4 ep2", "z2", "mb2"),
-    _case("gated", "dp4 ep4", "z3", "mb2"),
-    _case("gated", "dp4 ep2", "z3"),
-    _case("gated", "dp8 ep2 etp2", "z3"),
-    _case("plain", "dp4 ep2 etp2", "z1"),
+    _case("gated", "dp4 ep2", "z3", "mb2"),
+    _case("plain", "dp4 ep2 etp2", "z1", "mb2"),
     _case("plain", "dp2 ep2", "z2", "mb2", "allgather"),
     _case("sigmoid", "dp4 ep4", "z2", "mb2"),
-    _case("balanced", "dp4 ep2", "z1"),
-    _case("uneven", "dp4 ep4", "z2", "mb2"),
-    _case("uneven", "dp4 ep4", "z0", "mb2", "allgather"),
+    _case("balanced", "dp4 ep2", "z1", "mb2"),
+    _case("uneven", "dp4 ep4", "z3", "mb2", "allgather"),
     # tensor and sequence parallelism
     _case("gated", "tp2", "z0", "mb4"),
     _case("gated", "tp2 dp2 ep4", "z1", "mb4"),
     _case("plain", "tp2 dp2 ep2 etp2", "z2", "mb4"),
     _case("plain", "tp2 dp4 ep2 etp2", "z3", "mb2"),
     _case("tied", "tp4 ep2 etp2", "z0", "mb8"),
-    _case("tied", "tp4 dp2 ep4", "z3", "mb4"),
     _case("balanced", "tp2 dp2 ep4", "z2", "mb4", "allgather"),
     _case("sigmoid", "tp2 dp2 ep2", "z3", "mb4"),
     _case("uneven", "tp2 dp2 ep2 etp2", "z1", "mb4"),
     _case("dense", "tp2 dp2", "z1", "mb4", "nosp"),
     _case("dense", "tp4", "z0", "mb8", "nosp"),
     _case("dense", "tp2 dp2", "z3", "mb4", "nosp"),
-    _case("dense", "tp2 dp2", "z2", "mb4"),
     # pipelines
-    _case("gated", "pp2", "z0", "GPipe"),
+    _case("gated", "pp2", "z0", "mb2", "GPipe"),
     _case("tied", "pp2 dp2 ep2", "z1", "1F1B"),
-    _case("tied", "pp2 dp2 ep2", "z3", "1F1B"),
+    _case("tied", "pp2 dp2 ep2", "z3", "mb2", "1F1B"),
     _case("plain", "pp2 dp4 ep2 etp2 vpp2", "z3", "Interleaved1F1B"),
     _case("gated", "pp2 dp2 ep2 vpp2", "z2", "Interleaved1F1B"),
     _case("sigmoid", "pp2 dp2 ep2 vpp2", "z1", "InterleavedZeroBubble"),
     _case("tied", "pp2 dp2 ep2 vpp2", "z2", "ZBVZeroBubble"),
     _case("uneven", "pp2 dp2 ep2 vpp2", "z1", "DualPipeV"),
-    _case("balanced", "pp2 dp2 ep2 vpp2", "z1", "ZBVZeroBubble", "full"),
+    _case("balanced", "pp2 dp2 ep2 vpp2", "z1", "mb2", "ZBVZeroBubble", "full"),
     _case("gated", "pp4 dp2 ep2", "z1", "1F1B", "selective"),
     # all of it
     _case("dense", "tp2 pp2 dp2", "z1", "mb2", "1F1B", "nosp"),
     _case("gated", "tp2 pp2 dp2 ep2", "z3", "mb2", "1F1B"),
     _case("balanced", "tp2 pp2 ep2 vpp2", "z1", "mb2", "DualPipeV", "selective"),
-    _case("plain", "tp2 pp2 dp2 ep2 etp2 vpp2", "z2", "InterleavedZeroBubble", "full"),
+    _case("plain", "tp2 pp2 dp2 ep2 etp2 vpp2", "z2", "mb2", "InterleavedZeroBubble", "full"),
     _case("gated", "tp2 pp2 dp4 ep4 etp2", "z2", "1F1B", "allgather"),
 )
 """Layouts that were chosen: every pair of features, schedule, dispatcher and kind of model."""
 
 HALF = (
-    _case("uneven", "dp4 ep2", "z2", "mb2", "bf16"),
-    _case("uneven", "tp2 dp2 ep2", "z1", "mb4", "bf16"),
-    _case("uneven", "pp2 dp2 ep2 vpp2", "z1", "ZBVZeroBubble", "fp16"),
-    _case("uneven", "dp4 ep2", "z3", "mb2", "fp16"),
-    _case("uneven", "tp2 dp2 ep2", "z3", "mb4", "fp16"),
+    _case("gated", "dp4 ep2", "z2", "mb2", "bf16"),
+    _case("gated", "tp2 dp2 ep2", "z3", "mb4", "bf16"),
+    _case("gated", "dp4 ep2", "z3", "mb2", "fp16"),
+    _case("gated", "tp2 dp2 ep2 etp2", "z1", "mb4", "fp16", "allgather"),
+    _case("gated", "pp2 dp2 ep2 vpp2", "z1", "ZBVZeroBubble", "fp16", "full"),
 )
-"""Layouts in half precision. Their router's biases outweigh its scores: no choice hangs on rounding."""
+"""Layouts in half precision. Experts are chosen by a token's place in its document there: scores that are
+rounded to 8 bits are often as good as tied."""
 
 
 def drawn(count: int, seed: int = 0) -> tuple[Case, ...]:
@@ -305,5 +309,37 @@ def _drawn(chance: random.Random) -> Case:
     return Case(chance.choice([name for name in MODELS if name != "dense"]), degrees, policy)
 
 
-DRAWN = drawn(6)
+DRAWN = drawn(4)
 CASES = (*GIVEN, *DRAWN)
+
+ERRORS = ("loss", "balance", "norm", "gradient", "weight")
+"""What is compared, by the names of `parity_runs.Errors`."""
+_ROUNDINGS = 144
+"""One after another in forward and backward: 4 layers, 12 in each one's forward, twice as many in backward."""
+
+
+def limits(case: Case, optimizer: str) -> dict[str, float]:
+    """Largest relative errors that are rounding.
+
+    FP32: 1e-6 for scalars, 1e-5 for tensors. AdamW divides each element by its own size, so that elements
+    near rounding move by whole steps: 5e-5 for its weights.
+
+    Half precision, u its unit roundoff (2⁻⁸ for bf16, 2⁻¹¹ for fp16), against one process in the same
+    precision. Two runs that round n times one after another, each by u at random, are √(2n)·u apart: 17 u
+    for gradients. Errors of tokens are independent, and cancel in the loss, a mean over 256 of them of about
+    5.5: √(2n/3)·u/√256/5.5 = 0.11 u. A norm feels only the part of an error along the gradient: 2 u leave
+    room for a tenth of it. SGD moves weights by less than 1/17 of their norm in 8 steps: u. AdamW: 4 u.
+    """
+    if case.precision == "fp32":
+        tensors = {"gradient": 1e-5, "weight": 1e-5 if optimizer == "sgd" else 5e-5}
+        return {"loss": 1e-6, "balance": 1e-6, "norm": 1e-6, **tensors}
+    u = 2.0**-8 if case.precision == "bf16" else 2.0**-11
+    loss = (2 * _ROUNDINGS / 3) ** 0.5 * u / 16 / 5.5
+    weight = u if optimizer == "sgd" else 4 * u
+    return {
+        "loss": loss,
+        "balance": loss,
+        "norm": 2 * u,
+        "gradient": (2 * _ROUNDINGS) ** 0.5 * u,
+        "weight": weight,
+    }

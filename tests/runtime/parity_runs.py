@@ -29,14 +29,16 @@ from meshwright.runtime.data import DataStream, open_stream
 from meshwright.runtime.data.formats import python_topics
 from meshwright.runtime.initial import initial_values
 from meshwright.runtime.mesh import Mesh, build_mesh, single_process
+from meshwright.runtime.routing import Decision
 from meshwright.runtime.shares import Held
-from meshwright.runtime.step import Trainer, rows_of_rank
+from meshwright.runtime.step import Trainer, inputs_of, rows_of_rank
 
 LARGER = 3.0
 """Times the usual first weights: scores of attention and router are then far from uniform, and gradients are
 no differences of nearly equal numbers."""
-_CROWDED = (6.0, 4.0, 2.0, 0.0, -2.0, -4.0, -4.0, -4.0)
-"""First biases of the uneven router; each layer prefers other experts."""
+_CROWDED = (0.6, 0.4, 0.2, 0.0, -9.0, -9.0, -9.0, -9.0)
+"""First biases of the uneven router, whose scores spread by 0.3: half of a layer's experts get nothing, and
+the others unlike shares; each layer prefers other experts."""
 
 Region = tuple[tuple[int, str], tuple[tuple[int, int], ...], int, int]
 """The pipeline rank that holds a part and what it is of, its ranges in the whole parameter, and the run of
@@ -120,22 +122,33 @@ def mesh_of(plan: Plan, rank: int) -> Mesh:
     return build_mesh(plan.layout, rank, device, plan.model.kv_heads)
 
 
-def trainer_of(plan: Plan, rank: int, **options: Any) -> Trainer:
-    """A rank's trainer with those weights, and a correction bias where the router has one."""
+def trainer_of(plan: Plan, rank: int, by_place: bool = False, **options: Any) -> Trainer:
+    """A rank's trainer with those weights, and a correction bias where the router has one. `by_place`, and
+    in half precision: experts do not follow from scores."""
+    if by_place or plan.workload.precision != "fp32":
+        _choose_by_place()
+        options["routes_evenly"] = True
     trainer = Trainer(plan, mesh_of(plan, rank), first_values(plan), **options)
-    for layer, block in expert_layers(trainer):
+    for layer, block in trainer.moe_layers():
         if block.router.correction_bias is not None:
             numbers = torch.arange(plan.model.num_experts) + layer
             block.router.correction_bias.copy_(0.1 * (numbers * 0.7).sin())
     return trainer
 
 
-def expert_layers(trainer: Trainer) -> Iterator[tuple[int, moe.MoE]]:
-    """The expert layers of a rank, by number."""
-    for stage in trainer.replica.stages.values():
-        for name, layer in stage.layers.items():
-            if layer.moe is not None:
-                yield int(name), layer.moe
+def _choose_by_place() -> None:
+    """In this process, "even" choices follow from a token's place in its document, whatever the layout."""
+    routed = moe.MoE._routed
+
+    def remembered(self: Any, logits: Tensor, tokens: Any) -> Any:
+        self.place_T = self.setting.own_tokens(tokens.positions_SB).flatten()
+        return routed(self, logits, tokens)
+
+    def chosen(self: Any, logits: Tensor, valid: Tensor | None) -> Decision:
+        top_k, experts = self.setting.model.num_experts_per_tok, logits.shape[1]
+        return Decision((self.place_T[:, None] * top_k + torch.arange(top_k) + self.layer) % experts)
+
+    moe.MoE._routed, moe.MoE._even = remembered, chosen  # type: ignore[method-assign]
 
 
 def stream_of(plan: Plan, folder: Path) -> DataStream:
@@ -156,12 +169,8 @@ def steps_of(trainer: Trainer, stream: DataStream, count: int) -> Iterator[Seen]
     rows = rows_of_rank(trainer.plan, trainer.mesh)
     caught = _catch_gradients(trainer)
     for _ in range(count):
-        batch = stream.next(rows)
-        more = {"positions": batch.positions, "documents": batch.documents}
-        for _, block in expert_layers(trainer):
-            block.counts = block.balance = None
-        result = trainer.step(batch.tokens, batch.targets, more)
-        blocks = list(expert_layers(trainer))
+        result = trainer.step(*inputs_of(stream.next(rows), trainer.mesh.device))
+        blocks = list(trainer.moe_layers())
         yield Seen(
             result.loss.item(),
             result.outcome.grad_norm,
@@ -218,14 +227,14 @@ def reference_of(case: Case, optimizer: str, folder: Path) -> Reference:
 
 
 @cache
-def reference(model: str, precision: str, optimizer: str, folder: Path) -> Reference:
+def reference(model: str, precision: str, optimizer: str, folder: Path, by_place: bool = False) -> Reference:
     """The same, once for all cases with the same model and precision."""
     plan = Case(model, {}, {}, precision).alone(optimizer)
-    return run_ranks(1, _alone, plan, folder)[0]
+    return run_ranks(1, _alone, plan, folder, by_place)[0]
 
 
-def _alone(rank: int, plan: Plan, folder: Path) -> Reference:
-    trainer = trainer_of(plan, rank)
+def _alone(rank: int, plan: Plan, folder: Path, by_place: bool) -> Reference:
+    trainer = trainer_of(plan, rank, by_place)
     with _watched_margins() as margins:
         steps = list(steps_of(trainer, stream_of(plan, folder), STEPS))
     weights = {piece.name: _whole(piece) for piece in weights_of(trainer)}
