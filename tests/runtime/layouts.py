@@ -315,7 +315,7 @@ CASES = (*GIVEN, *DRAWN)
 ERRORS = ("loss", "balance", "norm", "gradient", "weight")
 """What is compared, by the names of `parity_runs.Errors`."""
 _ROUNDINGS = 144
-"""One after another in forward and backward: 4 layers, 12 in each one's forward, twice as many in backward."""
+"""One after another: 4 layers, 12 in the forward of each, twice as many in its backward."""
 
 
 def limits(case: Case, optimizer: str) -> dict[str, float]:

@@ -313,15 +313,23 @@ class Errors:
         return wrong if self.skips else [*wrong, "other steps were skipped"]
 
 
-def compared(case: Case, optimizer: str, folder: Path, steps: int = STEPS) -> Errors:
-    """Train a case and hold it against one process."""
-    return compare(case.plan(optimizer), reference_of(case, optimizer, folder), folder, steps)
+Mutate = Callable[[], None]
+"""Puts a mistake into the process that calls it."""
 
 
-def compare(plan: Plan, known: Reference, folder: Path, steps: int = STEPS) -> Errors:
+def compared(
+    case: Case, optimizer: str, folder: Path, steps: int = STEPS, mutate: Mutate | None = None
+) -> Errors:
+    """Train a case and hold it against one process; `mutate` is called on every rank first."""
+    return compare(case.plan(optimizer), reference_of(case, optimizer, folder), folder, steps, mutate)
+
+
+def compare(
+    plan: Plan, known: Reference, folder: Path, steps: int = STEPS, mutate: Mutate | None = None
+) -> Errors:
     """Train a plan and hold it against a run of one process. Weights are compared after that run's last
     step alone."""
-    found = run_ranks(plan.layout.world_size, _compared, plan, known, folder, steps)
+    found = run_ranks(plan.layout.world_size, _compared, plan, known, folder, steps, mutate)
     errors = Errors()
     for step in range(steps):
         _note_sums(errors, [rank.steps[step] for rank in found], [rank.place for rank in found], known, step)
@@ -337,7 +345,11 @@ def compare(plan: Plan, known: Reference, folder: Path, steps: int = STEPS) -> E
     return errors
 
 
-def _compared(rank: int, plan: Plan, known: Reference, folder: Path, steps: int) -> _Compared:
+def _compared(
+    rank: int, plan: Plan, known: Reference, folder: Path, steps: int, mutate: Mutate | None
+) -> _Compared:
+    if mutate is not None:
+        mutate()
     trainer = trainer_of(plan, rank)
     seen: list[Seen] = []
     squares: list[Squares] = []

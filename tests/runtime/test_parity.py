@@ -15,17 +15,12 @@ pytest.importorskip("torch")
 
 import torch
 from layouts import CASES, CLIPS, DRAWN, GIVEN, HALF, MODELS, STEPS, Case, drawn, limits, pairs
-from parity_runs import compared, has_several_documents, reference, stream_of, write_corpus
+from parity_runs import compared, has_several_documents, reference, stream_of
 
 from meshwright.model import Model
 from meshwright.policy import SCHEDULES
 
 OPTIMIZERS = ("sgd", "adamw")
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 # what is compared
