@@ -122,6 +122,9 @@ class Case:
         precision = () if self.precision == "fp32" else (self.precision,)
         return "-".join((self.model, degrees, *choices, *precision))
 
+    def __hash__(self) -> int:
+        return hash(str(self))
+
     @property
     def world(self) -> int:
         """Ranks."""

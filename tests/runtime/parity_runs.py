@@ -122,10 +122,12 @@ def mesh_of(plan: Plan, rank: int) -> Mesh:
     return build_mesh(plan.layout, rank, device, plan.model.kv_heads)
 
 
-def trainer_of(plan: Plan, rank: int, by_place: bool = False, **options: Any) -> Trainer:
-    """A rank's trainer with those weights, and a correction bias where the router has one. `by_place`, and
-    in half precision: experts do not follow from scores."""
-    if by_place or plan.workload.precision != "fp32":
+def trainer_of(plan: Plan, rank: int, by_place: bool | None = None, **options: Any) -> Trainer:
+    """A rank's trainer with those weights, and a correction bias where the router has one. `by_place`, by
+    default in half precision: experts do not follow from scores."""
+    if by_place is None:
+        by_place = plan.workload.precision != "fp32"
+    if by_place:
         _choose_by_place()
         options["routes_evenly"] = True
     trainer = Trainer(plan, mesh_of(plan, rank), first_values(plan), **options)
@@ -233,7 +235,7 @@ def reference(model: str, precision: str, optimizer: str, folder: Path, by_place
     return run_ranks(1, _alone, plan, folder, by_place)[0]
 
 
-def _alone(rank: int, plan: Plan, folder: Path, by_place: bool) -> Reference:
+def _alone(rank: int, plan: Plan, folder: Path, by_place: bool | None) -> Reference:
     trainer = trainer_of(plan, rank, by_place)
     with _watched_margins() as margins:
         steps = list(steps_of(trainer, stream_of(plan, folder), STEPS))
