@@ -209,6 +209,11 @@ def _combination_findings(model: Model, layout: Layout, policy: Policy, engine: 
     if not divides_under_pipelines(policy.engine) and policy.zero_stage >= 2 and layout.pp > 1:
         rule = f"pipelines of {policy.engine} take ZeRO 0 or 1"
         yield Finding("policy.zero_stage", policy.zero_stage, rule, (0, 1))
+    if layout.dp_replicas > 1 and (policy.zero_stage == 0 or policy.engine == "deepspeed"):
+        rule = "replicas are those of ZeRO's groups: " + (
+            "ZeRO 0 divides nothing" if policy.zero_stage == 0 else "the deepspeed engine makes one group"
+        )
+        yield Finding("layout.dp_replicas", layout.dp_replicas, rule, (1,))
     if policy.zero_stage == 0 and layout.dp * layout.cp > 1 and 0 in engine.zero_stages:
         rule = "each data-parallel rank keeps all optimizer states; 1 divides them for the same traffic"
         yield Finding("policy.zero_stage", 0, rule, (1,), "warning")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from meshwright.ir.program import Program, lower
+from meshwright.ir.sharding import zero_axes
 from meshwright.plan import Plan
 from meshwright.runtime.initial import initial_values
 from meshwright.runtime.mesh import Mesh
@@ -62,7 +63,7 @@ def build(plan: Plan, mesh: Mesh, values: Values | None = None, routes_evenly: b
     for one in held:
         fill(one, give(one).to(mesh.device))
     policy = plan.policy
-    if policy.zero_stage == 3 and (mesh.group("dp_cp") or mesh.group("edp")):
+    if policy.zero_stage == 3 and any(mesh.group(axis) for axis in zero_axes(plan.layout)):
         for module in stages.values():
             shard_stage(module, mesh, kind)
         held = rebound(held, stages.values())
