@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 
 from meshwright.runtime.build import values_of  # noqa: E402
 from meshwright.runtime.hugging_face import from_hugging_face  # noqa: E402
-from meshwright.runtime.layers import IGNORED  # noqa: E402
+from meshwright.runtime.layers import IGNORED, rms_norm  # noqa: E402
 from meshwright.runtime.mesh import single_process  # noqa: E402
 from meshwright.runtime.model import Stage  # noqa: E402
 from meshwright.runtime.step import Trainer  # noqa: E402
@@ -337,3 +337,21 @@ def test_a_setting_taken_wrongly_would_be_seen(what: str) -> None:
     tokens_BS, _ = tokens_and_targets()
     right, wrong = trainer_of(model, theirs), trainer_of(model, theirs, taken_for=other)
     assert relative_error(logits_of(wrong, tokens_BS), logits_of(right, tokens_BS)) > SEEN
+
+
+@pytest.mark.parametrize(("kind", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_norm_and_its_gradients_are_torchs(kind: Any, error: float) -> None:
+    """In each type against torch's own in FP64, on rows that do not lie one after another."""
+    drawn = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 7, 48, generator=drawn, dtype=torch.float64)[..., ::2].to(kind)
+    weight, gradient = (torch.randn(shape, generator=drawn).to(kind) for shape in ((24,), (5, 7, 24)))
+    given = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    wide = x.double().requires_grad_(), weight.double().requires_grad_()
+    ours = rms_norm(*given, 0.1)
+    theirs = torch.nn.functional.rms_norm(wide[0], (24,), wide[1], 0.1)
+    ours.backward(gradient)
+    theirs.backward(gradient.double())
+    assert (ours.dtype, given[0].grad.dtype) == (kind, kind)
+    assert relative_error(ours.detach().double(), theirs.detach()) <= error
+    for one, other in zip(given, wide, strict=True):
+        assert relative_error(one.grad.double(), other.grad) <= error
