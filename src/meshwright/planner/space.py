@@ -40,7 +40,7 @@ from meshwright.policy import (
     ScheduleName,
     ZeroStage,
 )
-from meshwright.verify import divides_under_pipelines, fewest_under_1f1b
+from meshwright.verify import divides_under_pipelines, fewest_under_1f1b, makes_replicas
 from meshwright.workload import Workload
 
 Array = Any
@@ -195,7 +195,9 @@ class Space:
     def offers(self, pipeline: Pipeline, choice: Choice) -> Array:
         """Which bases of a pipeline's degree have a choice: legal, and not the same as another."""
         bases, plain = self.bases[pipeline.pp], self.plain
-        offered = np.full(len(bases), runs_zero(self.engine_name, pipeline, choice.zero_stage))
+        runs = runs_zero(self.engine_name, pipeline, choice.zero_stage)
+        runs &= bases.dp_replicas == 1 or makes_replicas(self.engine_name, choice.zero_stage)
+        offered = np.full(len(bases), runs)
         if choice.zero_stage != plain.zero_stage and not self.engine.master_in_parameter.value:
             offered &= self._replicated[pipeline.pp]
         if (choice.dispatcher, choice.expert_overlap) != (plain.dispatcher, plain.expert_overlap):
