@@ -227,7 +227,7 @@ def test_nearest_values() -> None:
 @settings(max_examples=100, deadline=None)
 @given(layouts(), st.data())
 def test_shards_and_replicas_make_up_the_data_axes(layout: Layout, data: st.DataObject) -> None:
-    """Each group over which ZeRO divides is a run of neighbours of one data group; replicas take one of each."""
+    """ZeRO divides over runs of neighbours of one data group; replicas take one rank of each run."""
     both = [n for n in divisors(layout.dp * layout.cp) if layout.edp % n == 0]
     hybrid = layout.model_copy(update={"dp_replicas": data.draw(st.sampled_from(both))})
     for whole, prefix, view in (("dp_cp", "dp", "dense"), ("edp", "edp", "expert")):

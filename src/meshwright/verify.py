@@ -219,8 +219,9 @@ def _combination_findings(model: Model, layout: Layout, policy: Policy, engine: 
 
 
 def makes_replicas(engine: EngineName, zero_stage: ZeroStage) -> bool:
-    """Whether an engine divides by ZeRO within several equal groups: FSDP2 over a mesh of two dims (torchtitan
-    data_parallel_replicate_degree), Megatron's num_distributed_optimizer_instances (megatron-core 0.16.1)."""
+    """Whether an engine divides by ZeRO within several equal groups: FSDP2 over a mesh of two dims, as
+    torchtitan's data_parallel_replicate_degree, and Megatron's num_distributed_optimizer_instances
+    (megatron-core 0.16.1)."""
     return zero_stage > 0 and engine != "deepspeed"
 
 
