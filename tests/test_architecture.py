@@ -287,7 +287,11 @@ SEEDED = {
         "def f():\n    from torch import nn\n",
         "cost may not import torch",
     ),
-    "runtime at load": ("cli.py", "from meshwright.runtime import train\n", "cli may not import runtime"),
+    "runtime at load": (
+        "training.py",
+        "from meshwright.runtime import train\n",
+        "training may not import runtime",
+    ),
     "an undeclared package": ("audit.py", "import numpy\n", "audit may not import numpy"),
     "a module without a level": ("surprise.py", "", "surprise: no level"),
     "one consumer in another": (
@@ -307,7 +311,7 @@ SEEDED = {
 def house(tmp_path: Path) -> Path:
     """A small package that keeps every rule."""
     package = tmp_path / "meshwright"
-    for name in ("__init__", "errors", "units", "layout", "plan", "verify", "audit", "cli"):
+    for name in ("__init__", "errors", "units", "layout", "plan", "verify", "audit", "training"):
         (package / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
         (package / f"{name}.py").write_text("import math\n")
     for folder, name in (("ir", "graph"), ("cost", "memory"), ("planner", "search"), ("runtime", "train")):
@@ -315,7 +319,7 @@ def house(tmp_path: Path) -> Path:
         (package / folder / "__init__.py").write_text("")
         (package / folder / f"{name}.py").write_text("from meshwright.errors import x\n")
     (package / "runtime" / "train.py").write_text("import torch\nfrom meshwright.ir import graph\n")
-    (package / "cli.py").write_text("def f():\n    from meshwright.runtime import train\n")
+    (package / "training.py").write_text("def f():\n    from meshwright.runtime import train\n")
     return package
 
 

@@ -222,3 +222,28 @@ def test_nearest_values() -> None:
     assert nearest_divisors(48, 7) == [4, 6, 8]
     assert nearest_divisors(48, 7, multiple=4) == [3, 4, 6]
     assert nearest_to(5, [1, 2, 8, 9], 2) == [2, 8]
+
+
+@settings(max_examples=100, deadline=None)
+@given(layouts(), st.data())
+def test_shards_and_replicas_make_up_the_data_axes(layout: Layout, data: st.DataObject) -> None:
+    """ZeRO divides over runs of neighbours of one data group; replicas take one rank of each run."""
+    both = [n for n in divisors(layout.dp * layout.cp) if layout.edp % n == 0]
+    hybrid = layout.model_copy(update={"dp_replicas": data.draw(st.sampled_from(both))})
+    for whole, prefix, view in (("dp_cp", "dp", "dense"), ("edp", "edp", "expert")):
+        shards = hybrid.groups(f"{prefix}_shard", view)
+        replicas = hybrid.groups(f"{prefix}_replica", view)
+        for group in hybrid.groups(whole, view):
+            size = len(group) // hybrid.dp_replicas
+            runs = [group[first : first + size] for first in range(0, len(group), size)]
+            assert [run for run in shards if run[0] in group] == runs
+            across = [list(ranks) for ranks in zip(*runs, strict=True)]
+            assert sorted(own for own in replicas if own[0] in group) == sorted(across)
+        for rank in range(0, hybrid.world_size, 7):
+            assert hybrid.group_of(rank, f"{prefix}_shard", view) in shards
+            assert hybrid.group_of(rank, f"{prefix}_replica", view) in replicas
+
+
+def test_replicas_must_divide_both_data_axes() -> None:
+    with pytest.raises(InputError, match="dp_replicas: 4: must divide edp = 2"):
+        decode(Layout, {"dp": 4, "ep": 2, "dp_replicas": 4})

@@ -209,6 +209,16 @@ ERRORS: dict[str, tuple[dict[str, Any], str, str]] = {
         "policy.zero_stage",
         "wrong gradients",
     ),
+    "replicas of nothing": (
+        {"policy.zero_stage": 0, "layout.dp_replicas": 2},
+        "layout.dp_replicas",
+        "ZeRO 0 divides nothing",
+    ),
+    "replicas in DeepSpeed": (
+        {"policy.engine": "deepspeed", "layout.dp_replicas": 2},
+        "layout.dp_replicas",
+        "deepspeed makes one group",
+    ),
     "ZeRO 2 in a DeepSpeed pipeline": (
         {"policy.engine": "deepspeed", "policy.zero_stage": 2},
         "policy.zero_stage",

@@ -20,8 +20,8 @@ _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
-    "gelu_new": "gelu",
-    "gelu_pytorch_tanh": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -107,8 +107,9 @@ def experts(c: Fields, count: str, width: str = "moe_intermediate_size", may_be_
 
 
 def balanced_router(c: Fields, normalize: object, coefficient: float = 0.001) -> Fields:
-    """A softmax router. Its loss looks at the whole batch, and counts every choice of a token where the
-    Switch Transformer (arXiv:2101.03961 §2.2) has one: the coefficient is that of transformers' own sum."""
+    """A softmax router. Its loss looks at the whole batch. The coefficient is the config's own; transformers
+    applies it to a sum that counts each of a token's k choices, over all layers at once: for a loss of its
+    size multiply by k and divide by the number of expert layers."""
     loss = {"aux_loss": c.get("router_aux_loss_coef", coefficient), "aux_loss_scope": "batch"}
     return {"type": "softmax", "normalize": normalize, **loss}
 

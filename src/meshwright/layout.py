@@ -9,7 +9,7 @@ the world. (Megatron-LM `megatron/core/parallel_state.py`, class RankGenerator.)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isqrt, prod
+from math import gcd, isqrt, prod
 from typing import Literal
 
 from pydantic import model_validator
@@ -30,7 +30,10 @@ EXPERT_ORDER: tuple[ExpertAxis, ...] = ("etp", "ep", "edp", "pp")
 
 
 class LayoutRequest(Noun):
-    """The `layout` of a deployment file: given degrees are kept, missing ones are chosen."""
+    """The `layout` of a deployment file: given degrees are kept, missing ones are chosen.
+
+    `dp_replicas` is never chosen: ZeRO divides over all data-parallel ranks unless a file says otherwise.
+    """
 
     tp: Count | None = None
     cp: Count | None = None
@@ -39,10 +42,15 @@ class LayoutRequest(Noun):
     vpp: Count | None = None
     ep: Count | None = None
     etp: Count | None = None
+    dp_replicas: Count = 1
 
 
 class Layout(Noun):
-    """All degrees of a deployment; `edp` follows. Raises InputError when they cannot exist together."""
+    """All degrees of a deployment; `edp` follows. Raises InputError when they cannot exist together.
+
+    With `dp_replicas` R above 1 ZeRO divides within runs of dp·cp/R (for experts edp/R) neighbouring ranks,
+    and R such runs hold the same: hybrid sharding, so that gathering stays on fast links.
+    """
 
     tp: Count = 1
     cp: Count = 1
@@ -51,12 +59,18 @@ class Layout(Noun):
     vpp: Count = 1
     ep: Count = 1
     etp: Count = 1
+    dp_replicas: Count = 1
 
     @model_validator(mode="after")
     def _experts_fold_into_the_dense_ranks(self) -> Layout:
         if self.world_size > MAX_WORLD_SIZE:
             raise InputError("world_size", self.world_size, f"at most {MAX_WORLD_SIZE:,} ranks")
         self.require_fold()
+        for name, ranks in (("dp·cp", self.dp * self.cp), ("edp", self.edp)):
+            if ranks % self.dp_replicas:
+                both = gcd(self.dp * self.cp, self.edp)
+                near = nearest_divisors(both, self.dp_replicas)
+                raise InputError("dp_replicas", self.dp_replicas, f"must divide {name} = {ranks}", near)
         return self
 
     def require_fold(self) -> None:
@@ -86,11 +100,22 @@ class Layout(Noun):
         return self.pp * self.vpp
 
     def size(self, axis: str) -> int:
-        """Ranks along an axis; `dp_cp` is the data axis that replicates dense parameters, `world` all."""
-        if axis == "dp_cp":
-            return self.dp * self.cp
-        if axis == "world":
-            return self.world_size
+        """Ranks along an axis; `dp_cp` is the data axis that replicates dense parameters, `world` all.
+
+        `dp_shard` and `edp_shard` are the ranks over which ZeRO divides, `dp_replica` and `edp_replica` those
+        that hold the same share.
+        """
+        match axis:
+            case "dp_cp":
+                return self.dp * self.cp
+            case "world":
+                return self.world_size
+            case "dp_shard":
+                return self.dp * self.cp // self.dp_replicas
+            case "edp_shard":
+                return self.edp // self.dp_replicas
+            case "dp_replica" | "edp_replica":
+                return self.dp_replicas
         if axis not in ("tp", "cp", "dp", "pp", "vpp", "ep", "etp", "edp"):
             raise KeyError(axis)
         return int(getattr(self, axis))
@@ -134,7 +159,12 @@ class Layout(Noun):
     def stride(self, axis: str, view: View = "dense") -> int:
         """Distance in ranks between neighbours along an axis. Raises KeyError for one the view has not."""
         order = _order(view)
-        if axis == "dp_cp" and view == "dense":
+        prefix = {"dense": "dp", "expert": "edp"}[view]
+        if axis == f"{prefix}_replica":
+            return self.stride(f"{prefix}_shard", view) * self.size(f"{prefix}_shard")
+        if axis == "edp_shard" and view == "expert":
+            axis = "edp"
+        if axis in ("dp_cp", "dp_shard") and view == "dense":
             axis = "cp"  # cp and dp stand side by side in the order, so their ranks form one axis
         if axis not in order:
             raise KeyError(axis)
@@ -146,9 +176,10 @@ class Layout(Noun):
             raise InputError("rank", rank, rule, [min(max(rank, 0), self.world_size - 1)])
 
     def degrees(self) -> dict[str, int]:
-        """Every degree by name, with the world size and edp."""
+        """Every degree by name, with the world size and edp; `dp_replicas` where there are several."""
         names = ("tp", "cp", "dp", "pp", "vpp", "ep", "etp", "edp", "world_size")
-        return {name: getattr(self, name) for name in names}
+        replicas = {"dp_replicas": self.dp_replicas} if self.dp_replicas > 1 else {}
+        return {**{name: getattr(self, name) for name in names}, **replicas}
 
 
 def _order(view: View) -> tuple[str, ...]:

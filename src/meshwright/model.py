@@ -19,7 +19,7 @@ MAX_PARAMETERS = 1e18
 
 Norm = Literal["rmsnorm", "layernorm"]
 QkNorm = Literal["none", "head", "full"]
-Activation = Literal["silu", "gelu", "relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 class Router(Noun):

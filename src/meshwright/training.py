@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from meshwright.deployment import Training
 from meshwright.errors import InputError, MeshwrightError
@@ -17,9 +17,6 @@ from meshwright.scale_down import scaled_down
 from meshwright.terminal.progress import progress_bar
 from meshwright.terminal.train import JsonLines, Screen
 from meshwright.verify import require_valid
-
-if TYPE_CHECKING:
-    from meshwright.runtime.data import DataStream
 
 SCALED_RANKS = 8
 """Ranks of a scaled-down plan unless told otherwise: two of each of tp, pp and dp."""
@@ -59,7 +56,7 @@ def train(asked: Asked) -> None:
     run = Run(folder, output, asked.save_every, asked.keep, asked.resume)
     training = plan.training or Training()
 
-    def audience(stream: DataStream) -> JsonLines | Screen:
+    def audience(stream: Any) -> JsonLines | Screen:
         if asked.as_json:
             return JsonLines()
         return Screen(plan, training.steps, changes, unigram_entropy(stream))

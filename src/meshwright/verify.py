@@ -17,7 +17,7 @@ from meshwright.ir.schedule import require_buildable
 from meshwright.layout import Layout, divisors, nearest_divisors, nearest_to
 from meshwright.model import Model
 from meshwright.plan import Plan, split_layers
-from meshwright.policy import SPLIT_BACKWARD, EngineName, Policy
+from meshwright.policy import SPLIT_BACKWARD, EngineName, Policy, ZeroStage
 from meshwright.workload import Workload
 
 
@@ -209,9 +209,20 @@ def _combination_findings(model: Model, layout: Layout, policy: Policy, engine: 
     if not divides_under_pipelines(policy.engine) and policy.zero_stage >= 2 and layout.pp > 1:
         rule = f"pipelines of {policy.engine} take ZeRO 0 or 1"
         yield Finding("policy.zero_stage", policy.zero_stage, rule, (0, 1))
-    if policy.zero_stage == 0 and layout.dp * layout.cp > 1 and 0 in engine.zero_stages:
+    if layout.dp_replicas > 1 and not makes_replicas(policy.engine, policy.zero_stage):
+        why = "ZeRO 0 divides nothing" if policy.zero_stage == 0 else f"{policy.engine} makes one group"
+        rule = f"replicas are those of ZeRO's groups, and {why}"
+        yield Finding("layout.dp_replicas", layout.dp_replicas, rule, (1,))
+    elif policy.zero_stage == 0 and layout.dp * layout.cp > 1 and 0 in engine.zero_stages:
         rule = "each data-parallel rank keeps all optimizer states; 1 divides them for the same traffic"
         yield Finding("policy.zero_stage", 0, rule, (1,), "warning")
+
+
+def makes_replicas(engine: EngineName, zero_stage: ZeroStage) -> bool:
+    """Whether an engine divides by ZeRO within several equal groups: FSDP2 over a mesh of two dims, as
+    torchtitan's data_parallel_replicate_degree, and Megatron's num_distributed_optimizer_instances
+    (megatron-core 0.16.1)."""
+    return zero_stage > 0 and engine != "deepspeed"
 
 
 def divides_under_pipelines(engine: EngineName) -> bool:

@@ -46,6 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
     "flat": {"model": "dense", "engine": "megatron", "efficiency": {"compute": "60%", "bandwidth": "80%"}},
     "skewed": {"model": "moe", "engine": "megatron", "routing": {"zipf": 0.5}},
     "windows": {"model": "gpt-oss-20b", "engine": "torchtitan", "nodes": 1},
+    "replicas": {"model": "moe", "engine": "native", "layout": {"dp_replicas": 2}},
+    "replicas of fsdp": {"model": "moe", "engine": "torchtitan", "layout": {"dp_replicas": 4}},
     "replicated heads": {"model": {**deployment("dense").model.model_dump(), "num_key_value_heads": 1}},
     "settings": {
         "model": "moe",

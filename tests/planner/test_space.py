@@ -115,6 +115,17 @@ def points(draw: st.DrawFn) -> tuple[Space, Plan]:
     return whole, plan
 
 
+def test_replicas_that_a_file_fixes_are_in_every_candidate_and_divide_its_data_axes() -> None:
+    whole = space("moe", engine="native", layout={"dp_replicas": 2})
+    every = candidates(whole)
+    assert every
+    for candidate in every[:: max(1, len(every) // 60)]:
+        plan = whole.plan_of(candidate)
+        assert plan.layout.dp_replicas == 2
+        assert plan.policy.zero_stage > 0
+        assert errors(plan) == []
+
+
 @settings(max_examples=400, deadline=None)
 @given(points())
 def test_a_point_is_in_the_space_if_and_only_if_verify_lets_it_through(point: tuple[Space, Plan]) -> None:

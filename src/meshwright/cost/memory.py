@@ -150,8 +150,8 @@ def _rank_memory(blocks: _Blocks, pp_rank: int) -> RankMemory:
         stages=[blocks.held((stage,))[0] for stage in stages],
         sends_bytes=sum(task.bytes for stage in stages for task in stage.sends),
     )
-    layout = plan.layout
-    sizes = fixed_lines(setting, content, plan.num_micro_batches, layout.size("dp_cp"), layout.edp)
+    shards = plan.layout.size("dp_shard"), plan.layout.size("edp_shard")
+    sizes = fixed_lines(setting, content, plan.num_micro_batches, *shards)
     whys = {**_states(setting, plan), **_transient(setting), **_allocator(setting)}
     lines = [MemoryLine(name, size, *whys[name]) for name, size in sizes.items()]
     ordered = [*lines[: len(STATES)], *in_flight, *lines[len(STATES) :]]

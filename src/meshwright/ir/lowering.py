@@ -28,7 +28,7 @@ from meshwright.ir.graph import (
 )
 from meshwright.ir.parameters import Param
 from meshwright.ir.recompute import kept_tensors, repeated_ops
-from meshwright.ir.sharding import AxisSizes, local_numel, zero_degree
+from meshwright.ir.sharding import AxisSizes, local_numel, zero_axes, zero_degree
 from meshwright.ir.tasks import PHASES, CommTask, ComputeTask, Phase, Task
 from meshwright.policy import Recompute
 
@@ -202,7 +202,8 @@ def parameter_gathers(
     """What ZeRO-3 gathers of a block's parameters before each of these phases, in the compute type."""
     named = {param for op in block.ops for param in op.params}
     held = [param for param in params if param.name in named]
-    for axis, name, expert in (("dp_cp", "dense", False), ("edp", "experts", True)):
+    dense, experts = zero_axes(sizes)
+    for axis, name, expert in ((dense, "dense", False), (experts, "experts", True)):
         own = [param for param in held if param.is_expert is expert]
         if not own or is_one(zero_degree(own[0], sizes)):
             continue
@@ -218,10 +219,16 @@ def gradient_reductions(
     """The reduction of a block's gradients, where every backward reduces them; those of a tied table go with
     the embedding."""
     own = [param for param in params if block == "embedding" or param.part != "embedding"]
-    for axis, name, expert in (("dp_cp", "dense", False), ("edp", "experts", True)):
+    dense, experts = zero_axes(sizes)
+    for axis, name, expert in ((dense, "dense", False), (experts, "experts", True)):
         mine = [param for param in own if param.is_expert is expert]
         ranks = sizes.size(axis)
+        size = sum(local_numel(param, sizes) for param in mine) * element_bytes
         if mine and not is_one(ranks):
-            size = sum(local_numel(param, sizes) for param in mine) * element_bytes
             kind = CollectiveKind.REDUCE_SCATTER
             yield CommTask(f"{block}.reduce_{name}", "weight_gradient", kind, axis, ranks, size)
+        replicas = sizes.size("dp_replica")
+        if mine and replicas > 1:
+            over = axis.replace("shard", "replica")
+            share, kind = -(-size // ranks), CollectiveKind.ALL_REDUCE
+            yield CommTask(f"{block}.add_{name}", "weight_gradient", kind, over, replicas, share)

@@ -31,6 +31,7 @@ from meshwright.ir.parameters import (
     layer_parameters,
 )
 from meshwright.ir.schedule import ActionKind, Schedule, build_schedule, rank_of
+from meshwright.ir.sharding import zero_axes
 from meshwright.ir.step import gather_phases, reduces_by_block, reduces_each_micro_batch, step_tasks
 from meshwright.ir.tasks import CommTask, Phase, Task
 from meshwright.layout import Layout
@@ -120,19 +121,26 @@ class Program:
 
     def collectives(self, pp_rank: int) -> Iterator[tuple[CommTask, int]]:
         """Every collective of a whole step on a pipeline rank, with how often it runs."""
-        count = self.plan.num_micro_batches
+        count, divided = self.plan.num_micro_batches, zero_axes(self.plan.layout)
         for stage in self.stages_of(pp_rank):
             gathers = self._gathers(stage)
             for task in (*stage.tasks(), *stage.sends):
                 if isinstance(task, CommTask):
-                    gather = task.kind is CollectiveKind.ALL_GATHER and task.axis in ("dp_cp", "edp")
+                    gather = task.kind is CollectiveKind.ALL_GATHER and task.axis in divided
                     yield task, gathers[task.phase] if gather else count
-        by_block = reduces_by_block(self.engine, self.plan.policy.zero_stage)
+        by_block = self._reduced_by_block()
         for task in self.step[pp_rank]:
-            if not (by_block and task.name in ("gradients.dense", "gradients.experts")):
+            if not task.name.startswith(tuple(f"gradients.{part}" for part in by_block)):
                 yield task, 1
-        if by_block:
-            yield from ((task, 1) for stage in self.stages_of(pp_rank) for task in self._reductions(stage))
+        for stage in self.stages_of(pp_rank):
+            yield from ((task, 1) for task in self._reductions(stage) if task.name.endswith(by_block))
+
+    def _reduced_by_block(self) -> tuple[str, ...]:
+        """The parts of the parameters, dense and experts, that FSDP2 divides and reduces block by block."""
+        if not reduces_by_block(self.engine, self.plan.policy.zero_stage):
+            return ()
+        sizes = zip(("dense", "experts"), zero_axes(self.plan.layout), strict=True)
+        return tuple(part for part, axis in sizes if self.plan.layout.size(axis) > 1)
 
     def _reductions(self, stage: StageProgram) -> Iterator[CommTask]:
         """The reduction of each block's gradients: together what `gradients.dense` and `.experts` sum up."""

@@ -17,7 +17,7 @@ class AxisSizes(Protocol):
     """What sizes on a rank need of a layout, or of many at once."""
 
     def size(self, axis: str) -> int:
-        """Ranks along an axis, `dp_cp` and `edp` among them."""
+        """Ranks along an axis, as `Layout.size`. `dp_replica` is a whole number always."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,15 @@ def local_numel(param: Param, layout: AxisSizes) -> int:
 
 
 def zero_degree(param: Param, layout: AxisSizes) -> int:
-    """Over how many ranks ZeRO divides a parameter: dp·cp for dense ones, edp for routed experts."""
-    return layout.size("edp" if param.is_expert else "dp_cp")
+    """Over how many ranks ZeRO divides a parameter: dp·cp for dense ones, edp for routed experts, of each the
+    share of one replica."""
+    return layout.size("edp_shard" if param.is_expert else "dp_shard")
+
+
+def zero_axes(layout: AxisSizes) -> tuple[str, str]:
+    """The axes over which ZeRO divides dense parameters and routed experts: the data axes, or one replica's
+    share of them."""
+    return ("dp_cp", "edp") if layout.size("dp_replica") == 1 else ("dp_shard", "edp_shard")
 
 
 def copies(param: Param, layout: Layout) -> int:

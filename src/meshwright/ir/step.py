@@ -10,7 +10,7 @@ from meshwright.ir.elementwise import is_everywhere_nothing, is_one
 from meshwright.ir.graph import CollectiveKind
 from meshwright.ir.holding import Holding
 from meshwright.ir.parameters import embedding_parameters
-from meshwright.ir.sharding import AxisSizes, local_numel
+from meshwright.ir.sharding import AxisSizes, local_numel, zero_axes
 from meshwright.ir.tasks import CommTask, Phase
 from meshwright.model import Model
 from meshwright.plan import Plan
@@ -103,9 +103,9 @@ def _partial_gradients(facts: StepFacts, held: Holding) -> Iterator[CommTask]:
     partial = held.partial if facts.sequence_parallel else held.partial_by_heads
     divided = reduces_by_block(facts.engine, facts.zero_stage)
     for name, axis, ranks, elements, data_axis in (
-        ("partial", "tp", tp, partial, "dp_cp"),
-        ("replicated_heads", "tp", tp // facts.model.kv_heads, held.replicated, "dp_cp"),
-        ("expert_biases", "etp", facts.ranks("etp"), held.uncut, "edp"),
+        ("partial", "tp", tp, partial, "dp_shard"),
+        ("replicated_heads", "tp", tp // facts.model.kv_heads, held.replicated, "dp_shard"),
+        ("expert_biases", "etp", facts.ranks("etp"), held.uncut, "edp_shard"),
     ):
         if not is_everywhere_nothing(elements) and not is_one(ranks):
             own = -(-elements // facts.ranks(data_axis)) if divided else elements
@@ -120,7 +120,7 @@ def _tied_embedding(facts: StepFacts, has_embedding: bool, has_head: bool) -> It
     table = next(iter(embedding_parameters(facts.model)))
     elements = local_numel(table, facts.sizes)
     if reduces_by_block(facts.engine, facts.zero_stage):
-        elements = -(-elements // facts.ranks("dp_cp"))
+        elements = -(-elements // facts.ranks("dp_shard"))
     size = elements * facts.engine.gradient_bytes.value
     yield CommTask("gradients.tied_embedding", "step", CollectiveKind.ALL_REDUCE, "embedding", 2, size)
 
@@ -128,16 +128,24 @@ def _tied_embedding(facts: StepFacts, has_embedding: bool, has_head: bool) -> It
 def _data_parallel(facts: StepFacts, held: Holding) -> Iterator[CommTask]:
     """Gradients over the data axes where no backward has reduced them: all-reduced without ZeRO, else
     reduce-scattered. Under ZeRO 1 and 2 the updated parameters are gathered again, where no forward does
-    (Rajbhandari et al., arXiv:1910.02054 §7)."""
+    (Rajbhandari et al., arXiv:1910.02054 §7). Replicas of ZeRO's groups add up the shares of gradients."""
     zero, engine = facts.zero_stage, facts.engine
-    for axis, name, elements in (("dp_cp", "dense", held.dense), ("edp", "experts", held.experts)):
-        ranks = facts.ranks(axis)
-        if is_one(ranks) or is_everywhere_nothing(elements):
+    dense, experts = zero_axes(facts.sizes) if zero else ("dp_cp", "edp")
+    for axis, name, elements in ((dense, "dense", held.dense), (experts, "experts", held.experts)):
+        ranks, replicas = facts.ranks(axis), facts.ranks("dp_replica") if zero else 1
+        if (is_one(ranks) and replicas == 1) or is_everywhere_nothing(elements):
             continue
         kind = CollectiveKind.REDUCE_SCATTER if zero else CollectiveKind.ALL_REDUCE
         if not reduces_in_backward(engine, zero, facts.pp):
             size = elements * engine.gradient_bytes.value
-            yield CommTask(f"gradients.{name}", "step", kind, axis, ranks, size)
+            if not is_one(ranks):
+                yield CommTask(f"gradients.{name}", "step", kind, axis, ranks, size)
+            if replicas > 1:
+                over, share = axis.replace("shard", "replica"), -(-size // ranks)
+                kind = CollectiveKind.ALL_REDUCE
+                yield CommTask(f"gradients.{name}_replicas", "step", kind, over, replicas, share)
+        if is_one(ranks):
+            continue
         if zero in (1, 2) and not phases_that_gather(engine, zero, facts.pp):
             size = elements * facts.workload.compute_bytes
             yield CommTask(f"parameters.{name}", "step", CollectiveKind.ALL_GATHER, axis, ranks, size)
@@ -159,9 +167,10 @@ def _scalars(facts: StepFacts, held: Holding) -> Iterator[CommTask]:
     """The global token count, and the gradient norm: squares add up over each axis that divides
     gradients."""
     sums: list[tuple[str, str, int]] = [("loss.tokens", "dp_cp", 8)]
-    axes = ["tp", *(["dp_cp"] if facts.zero_stage else [])]
+    dense, experts = zero_axes(facts.sizes)
+    axes = ["tp", *([dense] if facts.zero_stage else [])]
     if not is_everywhere_nothing(held.experts):
-        axes += ["etp", "ep", *(["edp"] if facts.zero_stage else [])]
+        axes += ["etp", "ep", *([experts] if facts.zero_stage else [])]
     sums += [(f"clip.{axis}", axis, 4) for axis in (*axes, "pp")]
     if facts.workload.precision == "fp16":
         sums.append(("scaler.overflow", "world", 4))

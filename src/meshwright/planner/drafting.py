@@ -159,7 +159,13 @@ class _Draft:
     def _folded(self, columns: Columns) -> Columns:
         stage = columns["tp"] * columns["cp"] * columns["dp"]
         folds = stage % (columns["etp"] * columns["ep"]) == 0
-        return self._kept(columns, "etp·ep must divide tp·cp·dp: experts re-name those ranks", folds)
+        columns = self._kept(columns, "etp·ep must divide tp·cp·dp: experts re-name those ranks", folds)
+        replicas = self.layout.dp_replicas
+        if replicas == 1:
+            return columns
+        dense, edp = columns["dp"] * columns["cp"], _edp(columns)
+        rule = f"dp_replicas = {replicas} must divide dp·cp and edp"
+        return self._kept(columns, rule, (dense % replicas == 0) & (edp % replicas == 0))
 
     def _kept(self, columns: Columns, rule: str, holds: Array) -> Columns:
         self.refused[rule] += int((~holds).sum())
@@ -177,7 +183,9 @@ class _Draft:
             sizes.append(np.tile(np.array(options, np.int64), len(own)))
         chosen = np.concatenate(places)
         return Bases(
-            **{name: column[chosen] for name, column in of_degree.items()}, micro_batch=np.concatenate(sizes)
+            **{name: column[chosen] for name, column in of_degree.items()},
+            micro_batch=np.concatenate(sizes),
+            dp_replicas=self.layout.dp_replicas,
         )
 
     def _micro_batches(self, per_replica: int) -> list[int]:
@@ -265,6 +273,10 @@ class _Draft:
         least = policy.zero_stage if policy.zero_stage is not None else (1 if 1 in stages else stages[0])
         overlap = bool(policy.expert_overlap)
         return Choice(least, policy.recompute or "none", policy.dispatcher or "alltoall", overlap)
+
+
+def _edp(columns: Columns) -> Array:
+    return columns["tp"] * columns["cp"] * columns["dp"] // (columns["etp"] * columns["ep"])
 
 
 def _either(fixed: Any, options: Sequence[Any]) -> list[Any]:

@@ -157,7 +157,7 @@ def _optimizer(program: Program, priced: Prices, rank: int) -> float:
     plan, held = program.plan, program.held[rank]
     owned: float = held.total
     if plan.policy.zero_stage:
-        owned = held.dense / plan.layout.size("dp_cp") + held.experts / plan.layout.size("edp")
+        owned = held.dense / plan.layout.size("dp_shard") + held.experts / plan.layout.size("edp_shard")
     width = engine_of(plan.policy).gradient_bytes.value
     workload = plan.workload
     return float(

@@ -49,12 +49,12 @@ class Columns:
     @cached_property
     def dp_cp(self) -> Array:
         """Ranks over which ZeRO divides dense parameters."""
-        return self.bases.size("dp_cp")
+        return self.bases.size("dp_shard")
 
     @cached_property
     def edp(self) -> Array:
         """Ranks over which ZeRO divides experts."""
-        return self.bases.size("edp")
+        return self.bases.size("edp_shard")
 
 
 def columns_of(tables: Tables, pp: int) -> Columns:

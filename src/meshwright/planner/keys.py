@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.planner.space import Bases
+from meshwright.planner.space import Bases, joined
 
 Array = Any
 
@@ -16,9 +16,7 @@ class Keys:
     """The distinct values of some columns of the bases of some pipeline degrees, and which each base has."""
 
     def __init__(self, bases: Mapping[int, Bases], names: tuple[str, ...]) -> None:
-        every = Bases(
-            *(np.concatenate([getattr(one, name) for one in bases.values()]) for name in Bases.__slots__)
-        )
+        every = joined(list(bases.values()))
         columns = np.stack([getattr(every, name).astype(np.int64) for name in names], axis=1)
         _, first, inverse = np.unique(columns, axis=0, return_index=True, return_inverse=True)
         self.rows = every.where(first)
@@ -44,7 +42,7 @@ def counted(rows: Bases, sequence_length: int) -> Bases:
     """Rows as they are, in whole numbers, whose division is fast; as floats where products would overflow."""
     if sequence_length <= LONGEST_COUNTED:
         return rows
-    return Bases(*(getattr(rows, name) * 1.0 for name in Bases.__slots__))
+    return rows.with_columns({name: column * 1.0 for name, column in rows.columns().items()})
 
 
 def op_degrees(rows: Bases) -> Any:

@@ -147,7 +147,7 @@ class Pricing:
         space, layouts = self.space, self._layouts
         owned: Any = held.total
         if zero_stage:
-            owned = held.dense / layouts.size("dp_cp") + held.experts / layouts.size("edp")
+            owned = held.dense / layouts.size("dp_shard") + held.experts / layouts.size("edp_shard")
         workload, width = space.workload, space.engine.gradient_bytes.value
         updating = optimizer_seconds(
             self.priced, workload.optimizer, workload.compute_bytes, owned, held.total, width

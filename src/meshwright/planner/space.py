@@ -14,8 +14,8 @@ What the deployment fixes is kept.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -40,7 +40,7 @@ from meshwright.policy import (
     ScheduleName,
     ZeroStage,
 )
-from meshwright.verify import divides_under_pipelines, fewest_under_1f1b
+from meshwright.verify import divides_under_pipelines, fewest_under_1f1b, makes_replicas
 from meshwright.workload import Workload
 
 Array = Any
@@ -78,17 +78,26 @@ class Bases:
     etp: Array
     micro_batch: Array
     sequence_parallel: Array
+    dp_replicas: int = 1
 
     def __len__(self) -> int:
         return len(self.tp)
 
     def where(self, chosen: Array) -> Bases:
         """Those that a mask, or a list of positions, chooses."""
-        return Bases(*(getattr(self, f.name)[chosen] for f in fields(Bases)))
+        return self.with_columns({name: column[chosen] for name, column in self.columns().items()})
+
+    def columns(self) -> dict[str, Array]:
+        """The arrays by name."""
+        return {f.name: getattr(self, f.name) for f in fields(Bases) if f.name != "dp_replicas"}
+
+    def with_columns(self, columns: dict[str, Array]) -> Bases:
+        """The same with other arrays."""
+        return replace(self, **columns)
 
     def degrees(self) -> dict[str, Array]:
-        """Ranks along each axis of the world."""
-        return {axis: getattr(self, axis) for axis in ("tp", "cp", "dp", "pp", "ep", "etp")}
+        """Ranks along each axis of the world, and the replicas of ZeRO's groups."""
+        return {axis: getattr(self, axis) for axis in ("tp", "cp", "dp", "pp", "ep", "etp", "dp_replicas")}
 
     def size(self, axis: str) -> Array:
         """Ranks along an axis, as `Layout.size`."""
@@ -99,8 +108,20 @@ class Bases:
                 return self.tp * self.cp * self.dp // (self.ep * self.etp)
             case "world":
                 return self.tp * self.cp * self.dp * self.pp
+            case "dp_shard":
+                return self.dp * self.cp // self.dp_replicas
+            case "edp_shard":
+                return self.size("edp") // self.dp_replicas
+            case "dp_replica" | "edp_replica":
+                return self.dp_replicas
             case _:
                 return getattr(self, axis)
+
+
+def joined(bases: Sequence[Bases]) -> Bases:
+    """Those of several pipeline degrees, one after another."""
+    every = [one.columns() for one in bases]
+    return bases[0].with_columns({name: np.concatenate([c[name] for c in every]) for name in every[0]})
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +195,9 @@ class Space:
     def offers(self, pipeline: Pipeline, choice: Choice) -> Array:
         """Which bases of a pipeline's degree have a choice: legal, and not the same as another."""
         bases, plain = self.bases[pipeline.pp], self.plain
-        offered = np.full(len(bases), runs_zero(self.engine_name, pipeline, choice.zero_stage))
+        runs = runs_zero(self.engine_name, pipeline, choice.zero_stage)
+        runs &= bases.dp_replicas == 1 or makes_replicas(self.engine_name, choice.zero_stage)
+        offered = np.full(len(bases), runs)
         if choice.zero_stage != plain.zero_stage and not self.engine.master_in_parameter.value:
             offered &= self._replicated[pipeline.pp]
         if (choice.dispatcher, choice.expert_overlap) != (plain.dispatcher, plain.expert_overlap):

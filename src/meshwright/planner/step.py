@@ -11,11 +11,10 @@ import numpy as np
 from meshwright.cost.placement import Group
 from meshwright.ir.tasks import CommTask
 from meshwright.planner.prices import Prices
-from meshwright.planner.times import Running, exposed, price_collective
+from meshwright.planner.times import DATA_AXES, Running, exposed, price_collective
 
 Array = Any
 
-DATA_AXES = ("dp_cp", "edp")
 SMALL_BYTES = 1024
 """Collectives up to this size carry scalars: they cost their latency and hide behind nothing."""
 

@@ -30,8 +30,8 @@ from meshwright.planner.prices import Prices
 from meshwright.planner.routing import fanout_of, has_fixed_capacity, load_over
 from meshwright.planner.space import Bases, Choice, Space
 from meshwright.planner.stages import Kind, block_kinds, layer_kinds
-from meshwright.planner.step import DATA_AXES
 from meshwright.planner.times import (
+    DATA_AXES,
     KernelTimes,
     Running,
     axis_groups,
@@ -309,7 +309,7 @@ class Tables:
         experts fold into."""
         degrees = rows.degrees()
         if not with_dp:
-            degrees |= {"dp": rows.ep * rows.etp, "pp": np.ones_like(rows.tp)}
+            degrees |= {"dp": rows.ep * rows.etp, "pp": np.ones_like(rows.tp), "dp_replicas": 1}
         return axis_groups(self.space.cluster, degrees)
 
     @cached_property

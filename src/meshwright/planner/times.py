@@ -29,6 +29,8 @@ AXES = ("tp", "cp", "ep", "etp", "dp")
 KERNELS = ("matmul", "grouped", "attention", "memory")
 KERNEL_OF = {OpKind.MATMUL: "matmul", OpKind.GROUPED_MATMUL: "grouped", OpKind.ATTENTION: "attention"}
 """What bounds the kernel of an op, by its kind; memory bandwidth bounds the others."""
+DATA_AXES = ("dp_cp", "edp", "dp_shard", "edp_shard", "dp_replica", "edp_replica")
+"""Axes of ZeRO's gathers and reductions, with and without replicas of its groups."""
 PARTS = ("compute", *AXES, "host")
 """What the time of a phase is made of: compute, exposed communication by axis, waiting for launches."""
 
@@ -79,14 +81,23 @@ class Running:
 def axis_groups(cluster: Cluster, degrees: Mapping[str, Array]) -> dict[str, Group]:
     """The group along each axis, for ranks in the order tp-cp-dp-pp and etp-ep-edp-pp; elementwise.
 
-    `degrees` names tp, cp, dp, pp, ep and etp. `pp` is a pair of neighbouring stages, `pipeline` a whole
-    pipeline, `embedding` its two ends, `world` all ranks.
+    `degrees` names tp, cp, dp, pp, ep and etp, and dp_replicas where there are several. `pp` is a pair of
+    neighbouring stages, `pipeline` a whole pipeline, `embedding` its two ends, `world` all ranks.
     """
     tp, cp, dp, pp = (degrees[axis] for axis in ("tp", "cp", "dp", "pp"))
     ep, etp = degrees["ep"], degrees["etp"]
     stage = tp * cp * dp
     pair = np.minimum(pp, 2)
+    replicas = degrees.get("dp_replicas", 1)
+    shard, expert_shard = dp * cp // replicas, stage // (ep * etp) // replicas
+    divided = {
+        "dp_shard": group_on(cluster, shard, tp),
+        "dp_replica": group_on(cluster, replicas, tp * shard),
+        "edp_shard": group_on(cluster, expert_shard, etp * ep),
+        "edp_replica": group_on(cluster, replicas, etp * ep * expert_shard),
+    }
     return {
+        **(divided if np.any(replicas != 1) else {}),
         "tp": group_on(cluster, tp, 1),
         "cp": group_on(cluster, cp, tp),
         "dp_cp": group_on(cluster, dp * cp, tp),
@@ -113,7 +124,7 @@ def kernel_times(
                 for name, seconds in price_op(task, prices, running).items():
                     parts[name] = parts[name] + seconds
             else:
-                axis = "dp" if task.axis in ("dp_cp", "edp") else task.axis
+                axis = "dp" if task.axis in DATA_AXES else task.axis
                 near, far = price_collective(task, prices, groups, running)
                 parts[axis], parts[outside(axis)] = parts[axis] + near, parts[outside(axis)] + far
         # Among many layouts some have one rank along an axis, and launch nothing there.

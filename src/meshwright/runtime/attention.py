@@ -6,8 +6,9 @@ this rank, D width of a head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ class Tokens:
 
     positions_SB: Tensor
     documents_BS: Tensor | None = None
+    _masks: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     @cached_property
     def has_padding(self) -> bool:
@@ -40,18 +42,20 @@ class Tokens:
         """[B, 1, S, S], true where a query sees a key; None where plain causality says it all.
 
         A query sees keys of its own document, not after it, and at most `window` tokens back, itself
-        included. Padding sees itself alone, so that no row is empty.
+        included. Padding sees itself alone, so that no row is empty. Layers of one window share a mask.
         """
         length = self.positions_SB.shape[0]
-        if window is not None and window >= length:
-            window = None
-        if self.documents_BS is None and window is None:
+        back = length if window is None else min(window, length)
+        if self.documents_BS is None and back == length:
             return None
+        if back not in self._masks:
+            self._masks[back] = self._made_mask(length, back)
+        return self._masks[back]
+
+    def _made_mask(self, length: int, back: int) -> Tensor:
         place = torch.arange(length, device=self.positions_SB.device)
         behind = place.unsqueeze(1) - place.unsqueeze(0)
-        seen = behind >= 0
-        if window is not None:
-            seen &= behind < window
+        seen = (behind >= 0) & (behind < back)
         if self.documents_BS is None:
             return seen.view(1, 1, length, length)
         same = self.documents_BS.unsqueeze(2) == self.documents_BS.unsqueeze(1)
@@ -146,11 +150,32 @@ def rotation(model: Model, positions_SB: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs (i, i + R/2) of the last dim, as Hugging Face's models do; dims past R stay."""
+    return _Rotated.apply(x, cos, sin)
+
+
+class _Rotated(torch.autograd.Function):
+    """Backward turns the gradient the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grads[0], cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     wide = x.float()
-    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
-    turned = (first * cos - second * sin, second * cos + first * sin, rest)
-    return torch.cat(turned, -1).to(x.dtype)
+    out = torch.empty_like(wide)
+    first, second = wide[..., :half], wide[..., half : 2 * half]
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
+    out[..., 2 * half :] = wide[..., 2 * half :]
+    return out.to(x.dtype)
 
 
 def _attend_with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks_N: Tensor) -> Tensor:

@@ -44,7 +44,9 @@ class Bucket:
         partial: Sequence[tuple[str, frozenset[str]]],
     ) -> None:
         self.axis, self.mesh = axis, mesh
-        self.group = mesh.group(axis)
+        self.group, self.replicas = mesh.group(axis), mesh.group(axis.replace("shard", "replica"))
+        if "shard" not in axis:
+            self.replicas = None
         self.divided = divided and self.group is not None
         self.partial_runs: list[tuple[str, int, int]] = []
         self.members = list(self._placed(held, partial))
@@ -131,13 +133,13 @@ class Bucket:
                 member.held.tensor.grad = place
 
     def reduce(self) -> None:
-        """Add up over the data axis."""
-        if self.group is None:
-            return
+        """Add up over the data axis, then over the replicas of what ZeRO divides."""
         if self.divided:
             reduce_scatter_single(self.own_gradients, self.gradients, group=self.group)
-        else:
+        elif self.group is not None:
             dist.all_reduce(self.gradients, group=self.group)
+        if self.replicas is not None:
+            dist.all_reduce(self.own_gradients, group=self.replicas)
 
     def publish(self) -> None:
         """Masters to weights, on every rank of the data axis."""

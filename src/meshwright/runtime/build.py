@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from meshwright.ir.program import Program, lower
+from meshwright.ir.sharding import zero_axes
 from meshwright.plan import Plan
 from meshwright.runtime.initial import initial_values
 from meshwright.runtime.mesh import Mesh
-from meshwright.runtime.model import Stage
+from meshwright.runtime.model import Layer, Stage
 from meshwright.runtime.pipeline import COMPUTE_TYPES, Pipeline
 from meshwright.runtime.region import Setting
 from meshwright.runtime.sharded import rebound, shard_stage
@@ -29,6 +30,17 @@ def values_of(weights: Mapping[str, Tensor]) -> Values:
         return weights[held.name][tuple(slice(*run) for run in held.slice.ranges)]
 
     return give
+
+
+def load_biases(stages: Iterable[Stage], weights: Mapping[str, Tensor]) -> None:
+    """Take correction biases, which are no parameters, from another model's state."""
+    for stage in stages:
+        for layer in stage.layers.values():
+            if isinstance(layer, Layer) and layer.moe is not None:
+                bias = layer.moe.router.correction_bias
+                name = f"layers.{layer.moe.layer}.moe.router.correction_bias"
+                if bias is not None and name in weights:
+                    bias.copy_(weights[name])
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ def build(plan: Plan, mesh: Mesh, values: Values | None = None, routes_evenly: b
     for one in held:
         fill(one, give(one).to(mesh.device))
     policy = plan.policy
-    if policy.zero_stage == 3 and (mesh.group("dp_cp") or mesh.group("edp")):
+    if policy.zero_stage == 3 and any(mesh.group(axis) for axis in zero_axes(plan.layout)):
         for module in stages.values():
             shard_stage(module, mesh, kind)
         held = rebound(held, stages.values())

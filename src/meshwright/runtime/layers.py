@@ -68,8 +68,38 @@ class Norm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last dim, in FP32 (Zhang and Sennrich, arXiv:1910.07467)."""
-    return F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype) * weight
+    """x / sqrt(mean(x²) + eps) · weight over the last dim, in FP32 (Zhang and Sennrich, arXiv:1910.07467).
+
+    CUDA has a kernel for each way; elsewhere torch's own backward is made of twice as many passes as needed.
+    """
+    if x.is_cuda:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps its input and one number for each row.
+
+    With r = 1 / sqrt(mean(x²) + eps), n = x·r and the output's gradient g, the weight's gradient is Σ g·n
+    over rows and the input's (g·weight − n·mean(g·weight·n))·r.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        r = (norms.square_() / x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (wide * r).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, r = ctx.saved_tensors
+        n, grad = x.float() * r, grads[0].float()
+        by_weight = grad * n
+        sums = (by_weight @ weight.float()).unsqueeze(-1)
+        grad_x = (grad * weight).addcmul_(n, sums, value=-1 / x.shape[-1]).mul_(r)
+        return grad_x.to(x.dtype), by_weight.flatten(0, -2).sum(0), None
 
 
 class DividedNorm(nn.Module):
@@ -95,6 +125,8 @@ def activate(x: Tensor, name: Activation) -> Tensor:
             return F.silu(x)
         case "gelu":
             return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
         case "relu":
             return F.relu(x)
 

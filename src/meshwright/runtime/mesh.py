@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshwright.ir.sharding import zero_axes
 from meshwright.layout import Layout, View
 
 AXES: tuple[tuple[str, View], ...] = (
@@ -24,6 +25,15 @@ AXES: tuple[tuple[str, View], ...] = (
     ("edp", "expert"),
 )
 """Axes with a group, in the order in which groups are made, and the view that names them."""
+
+
+REPLICA_AXES: tuple[tuple[str, View], ...] = (
+    ("dp_shard", "dense"),
+    ("dp_replica", "dense"),
+    ("edp_shard", "expert"),
+    ("edp_replica", "expert"),
+)
+"""Axes with a group where ZeRO's groups have replicas."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +56,29 @@ class Mesh:
 
     def position(self, axis: str) -> int:
         """This rank's place along an axis; `dp_cp` counts context parallelism first."""
-        if axis == "dp_cp":
-            dense = self.layout.coordinates(self.rank)
-            return dense["dp"] * self.layout.cp + dense["cp"]
-        view: View = "expert" if axis in ("etp", "ep", "edp") else "dense"
-        return self.layout.coordinates(self.rank, view)[axis]
+        view: View = "expert" if axis.startswith("e") else "dense"
+        return self.layout.group_of(self.rank, axis, view).index(self.rank)
 
     def group(self, axis: str) -> ProcessGroup | None:
         """The group of an axis; None where it has one rank."""
         return self.groups.get(axis)
 
-    def device_mesh(self, axis: str) -> DeviceMesh:
-        """An axis as a one-dimensional DeviceMesh, for what of PyTorch asks for one."""
-        return DeviceMesh.from_group(self.groups[axis], self.device.type, mesh_dim_names=(axis,))
+    def zero_axis(self, experts: bool) -> str:
+        """The axis over which ZeRO divides dense parameters, or experts."""
+        return zero_axes(self.layout)[experts]
+
+    def device_mesh(self, *axes: str) -> DeviceMesh:
+        """An axis as a DeviceMesh, or two of which the second one's ranks are neighbours; for what of PyTorch
+        asks for one."""
+        if len(axes) == 1:
+            return DeviceMesh.from_group(self.groups[axes[0]], self.device.type, mesh_dim_names=axes)
+        outer, inner = axes
+        view: View = "expert" if inner.startswith("e") else "dense"
+        rows = [
+            self.layout.group_of(first, inner, view) for first in self.layout.group_of(self.rank, outer, view)
+        ]
+        groups = [self.groups[axis] for axis in axes]
+        return DeviceMesh.from_group(groups, self.device.type, torch.tensor(rows), mesh_dim_names=axes)
 
 
 def build_mesh(layout: Layout, rank: int, device: torch.device, kv_heads: int = 1) -> Mesh:
@@ -73,6 +93,10 @@ def build_mesh(layout: Layout, rank: int, device: torch.device, kv_heads: int = 
         groups["world"] = _group(list(range(layout.world_size)), "world")
         if device.type == "cuda":
             groups["coordination"] = dist.new_group(backend="gloo", group_desc="coordination")
+    if layout.dp_replicas > 1:
+        for axis, view in REPLICA_AXES:
+            if layout.size(axis) > 1:
+                groups[axis] = _group(layout.group_of(rank, axis, view), axis)
     if layout.pp > 1:  # last: torch names a group by how many its members have made before it
         stages = layout.group_of(rank, "pp")
         if rank in (stages[0], stages[-1]):

@@ -109,9 +109,9 @@ class Stage(nn.Module):
         loss = cross_entropy_sum(self._logits_TV(x), targets.t().flatten(), self.setting)
         return loss * self.setting.scales.token
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, positions: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """The rank's share of the logits [S, B, V], in FP32; for a stage that is the whole model."""
-        tokens = self._tokens(x, None, None)
+        tokens = self._tokens(x, positions, documents)
         x = self._embedded(x, tokens) if self.has_embedding else x
         for layer in self.layers.values():
             x = layer(x, tokens)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meshwright.deployment import LossScale, Training
+from meshwright.ir.sharding import zero_axes
 from meshwright.runtime.collectives import all_reduce
 from meshwright.runtime.mesh import Mesh
 from meshwright.runtime.shares import Share
@@ -166,13 +167,14 @@ class Optimizer:
         """L2 norm of the whole gradient: each element once, whoever else holds it."""
         shares = [share for share in self.store.shares if share.held.is_first]
         total = torch.zeros(1, dtype=torch.float32, device=self.mesh.device)
-        meshes: tuple[tuple[bool, tuple[str, ...]], ...] = ((False, ("tp", "dp_cp")),)
+        dense, expert = zero_axes(self.mesh.layout)
+        meshes: tuple[tuple[bool, tuple[str, ...]], ...] = ((False, ("tp", dense)),)
         if self.store.has_experts:  # every rank of a stage holds experts, or none does
-            meshes += ((True, ("etp", "ep", "edp")),)
+            meshes += ((True, ("etp", "ep", expert)),)
         for experts, axes in meshes:
             squares = _squares([s for s in shares if s.held.param.is_expert is experts], self.mesh.device)
             for axis in axes:
-                if self.divided or axis not in ("dp_cp", "edp"):
+                if self.divided or axis not in (dense, expert):
                     squares = all_reduce(squares, self.mesh.group(axis))
             total = total + squares
         return math.sqrt(all_reduce(total, self.mesh.group("pp")).item())

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -32,16 +33,16 @@ def shard_stage(stage: Stage, mesh: Mesh, kind: torch.dtype) -> None:
     else:
         policy = MixedPrecisionPolicy(kind, torch.float32, cast_forward_inputs=False)
     experts = {parameter for one in _experts(stage) for parameter in one.parameters()}
-    if mesh.group("edp") is not None:
-        over_edp = mesh.device_mesh("edp")
+    over_dp, over_edp = _data_mesh(mesh, "dp"), _data_mesh(mesh, "edp")
+    if over_edp is not None:
         for one in _experts(stage):
             fully_shard(one, mesh=over_edp, mp_policy=policy)
         experts = {parameter for one in _experts(stage) for parameter in one.parameters()}
-    if mesh.group("dp_cp") is None:
+    if over_dp is None:
+        assert over_edp is not None
         dense = set(stage.parameters()) - experts
-        fully_shard(stage, mesh=mesh.device_mesh("edp"), mp_policy=policy, ignored_params=dense)
+        fully_shard(stage, mesh=over_edp, mp_policy=policy, ignored_params=dense)
     else:
-        over_dp = mesh.device_mesh("dp_cp")
         for block in _blocks(stage):
             fully_shard(block, mesh=over_dp, mp_policy=policy, ignored_params=experts)
         fully_shard(stage, mesh=over_dp, mp_policy=policy, ignored_params=experts)
@@ -49,6 +50,16 @@ def shard_stage(stage: Stage, mesh: Mesh, kind: torch.dtype) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _data_mesh(mesh: Mesh, prefix: str) -> DeviceMesh | None:
+    """The ranks over which FSDP2 divides, with replicas in a dim of its own; None for one rank, or where one
+    rank is left to divide over."""
+    shard, replica = f"{prefix}_shard", f"{prefix}_replica"
+    if mesh.layout.dp_replicas == 1:
+        axis = mesh.zero_axis(experts=prefix == "edp")
+        return None if mesh.group(axis) is None else mesh.device_mesh(axis)
+    return None if mesh.group(shard) is None else mesh.device_mesh(replica, shard)
 
 
 def _experts(stage: Stage) -> list[nn.Module]:
@@ -157,7 +168,8 @@ def _first_row(tensor: Tensor) -> int:
     """FSDP2 divides dim 0 in equal runs, the last of them shorter or empty (torch.chunk)."""
     assert isinstance(tensor, DTensor)
     rows, mesh = tensor.shape[0], tensor.device_mesh
-    return min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
+    shards = mesh.ndim - 1  # replicas, where there are any, stand first
+    return min(mesh.get_local_rank(shards) * -(-rows // mesh.size(shards)), rows)
 
 
 def rebound(held: Iterable[Held], stages: Iterable[nn.Module]) -> list[Held]:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from meshwright.ir.sharding import zero_axes
 from meshwright.runtime.buckets import Bucket
 from meshwright.runtime.mesh import Mesh
 from meshwright.runtime.sharded import Sharded
@@ -36,10 +37,9 @@ class Store:
         experts = [h for h in held if h.param.is_expert]
         self.has_experts = bool(experts)
         self.parts: list[Part] = []
-        for axis, own, partial in (
-            ("dp_cp", dense, _dense_partial(dense, mesh, sequence_parallel)),
-            ("edp", experts, _expert_partial(experts)),
-        ):
+        axes = zero_axes(mesh.layout) if zero_stage else ("dp_cp", "edp")
+        partial_sums = (_dense_partial(dense, mesh, sequence_parallel), _expert_partial(experts))
+        for axis, own, partial in zip(axes, (dense, experts), partial_sums, strict=True):
             if own and isinstance(own[0].tensor, DTensor):
                 self.parts.append(Sharded(own, axis, mesh, partial))
             elif own:
