@@ -58,7 +58,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "qk_norm": "full",
         "tie_word_embeddings": True,
         "n_shared_experts": 1,
-        "shared_expert_gate": True,
         "attention_bias": True,
     },
     "balanced": {
@@ -72,6 +71,8 @@ MODELS: dict[str, dict[str, Any]] = {
         **_EXPERTS,
         "decoder_sparse_step": 2,
         "intermediate_size": 48,
+        "n_shared_experts": 1,
+        "shared_expert_gate": True,
         "router": {
             "type": "sigmoid",
             "correction_bias": True,
@@ -115,6 +116,7 @@ class Case:
     layout: dict[str, int]
     policy: dict[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
+    vocabulary: int = VOCABULARY
 
     def __str__(self) -> str:
         degrees = "-".join(f"{axis}{degree}" for axis, degree in self.layout.items())
@@ -177,7 +179,7 @@ def _plan(
     degrees = {"tp": 1, "pp": 1, "dp": 1, **layout}
     document = {
         "cluster": {"local": degrees["tp"] * degrees["pp"] * degrees["dp"]},
-        "model": MODELS[case.model],
+        "model": {**MODELS[case.model], "vocab_size": case.vocabulary},
         "workload": {
             "global_batch_size": BATCH,
             "sequence_length": LENGTH,
