@@ -52,9 +52,7 @@ _CHOSEN = (
     _case("gated", "pp4 dp2 ep2", "z1", "1F1B"),
 )
 
-CASES = tuple(
-    replace(case, vocabulary=256) if case.policy["zero_stage"] == 3 else case for case in _CHOSEN
-)
+CASES = tuple(replace(case, vocabulary=256) if case.policy["zero_stage"] == 3 else case for case in _CHOSEN)
 """FSDP2 pads the rows of what it divides to a multiple of the ranks. The graph does not: where ZeRO 3 is on,
 all rows divide."""
 
