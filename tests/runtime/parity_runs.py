@@ -229,7 +229,9 @@ def reference_of(case: Case, optimizer: str, folder: Path) -> Reference:
 
 
 @cache
-def reference(model: str, precision: str, optimizer: str, folder: Path, by_place: bool = False) -> Reference:
+def reference(
+    model: str, precision: str, optimizer: str, folder: Path, by_place: bool | None = None
+) -> Reference:
     """The same, once for all cases with the same model and precision."""
     plan = Case(model, {}, {}, precision).alone(optimizer)
     return run_ranks(1, _alone, plan, folder, by_place)[0]
