@@ -99,6 +99,7 @@ THIRD_PARTY_OF = {
     "runtime": {"torch", "numpy", "tokenizers", "datasets", "pyarrow", "safetensors", "tensorboard"},
     "cost": {"numpy"},
     "planner": {"numpy"},
+    "simulator": {"numpy"},
     "validate": {"numpy"},
 }
 """What a level may import besides: torch is an extra, and numpy loads too slowly for commands without it."""

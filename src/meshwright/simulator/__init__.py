@@ -1,0 +1,1 @@
+"""Iterations as events: what a closed form cannot see."""
