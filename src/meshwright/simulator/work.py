@@ -139,8 +139,8 @@ def _loads(
 
 
 def _slowdowns(rng: np.random.Generator, layout: Layout, options: Options, pipelines: int) -> np.ndarray:
-    """How much longer compute takes, by pipeline and pipeline rank: the slowest of the ranks that wait for one
-    another in every layer sets their pace. One pipeline that stands for all has the slowest of each stage,
+    """How much longer compute takes, by pipeline and pipeline rank: the slowest of the ranks that wait for
+    one another in every layer sets their pace. One pipeline that stands for all has the slowest of a stage,
     which is never faster than the slowest pipeline.
     """
     together = coupled_ranks(layout) if options.every_rank else layout.tp * layout.cp * layout.dp
