@@ -79,7 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "groups": COST | {"groups", "verify"},
     "scale_down": IR | {"scale_down", "verify"},
     "planner": COST | {"planner", "verify"},
-    "simulator": COST | {"simulator", "verify"},
+    "simulator": COST | {"simulator", "verify", "planner"},  # prices tasks as the estimate does
     "runtime": IR | {"runtime"},
     "validate": COST | {"validate", "verify", "planner"},  # scores what the planner predicts
     "terminal": CONSUMERS | {"terminal", "validate"},

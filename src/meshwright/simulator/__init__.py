@@ -1,1 +1,1 @@
-"""Iterations as events: what a closed form cannot see."""
+"""A step run event by event: the estimator's prices, put together along the schedule's own orders."""
