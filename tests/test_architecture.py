@@ -55,10 +55,12 @@ LEVEL_OF = {
     "validate": "validate",
     # what people see
     "terminal": "terminal",
+    "simulation": "simulation",
     "training": "training",
     "export": "export",
     "page": "page",
     "cli": "cli",
+    "delivery": "cli",
     "__main__": "main",
     "__init__": "package",
 }
@@ -79,14 +81,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "groups": COST | {"groups", "verify"},
     "scale_down": IR | {"scale_down", "verify"},
     "planner": COST | {"planner", "verify"},
-    "simulator": COST | {"simulator", "verify"},
+    "simulator": COST | {"simulator", "verify", "planner"},  # prices tasks as the estimate does
     "runtime": IR | {"runtime"},
     "validate": COST | {"validate", "verify", "planner"},  # scores what the planner predicts
-    "terminal": CONSUMERS | {"terminal", "validate"},
+    "simulation": CONSUMERS | {"simulation"},
+    "terminal": CONSUMERS | {"terminal", "validate", "simulation"},
     "training": CONSUMERS | {"terminal", "training"},
     "export": CONSUMERS | {"export"},
     "page": CONSUMERS | {"page"},
-    "cli": CONSUMERS | {"terminal", "validate", "training", "export", "page", "cli", "package"},
+    "cli": CONSUMERS | {"terminal", "validate", "training", "simulation", "export", "page", "cli", "package"},
     "main": {"cli", "ground"},
     "package": CONSUMERS,
 }
@@ -99,6 +102,7 @@ THIRD_PARTY_OF = {
     "runtime": {"torch", "numpy", "tokenizers", "datasets", "pyarrow", "safetensors", "tensorboard"},
     "cost": {"numpy"},
     "planner": {"numpy"},
+    "simulator": {"numpy"},
     "validate": {"numpy"},
 }
 """What a level may import besides: torch is an extra, and numpy loads too slowly for commands without it."""

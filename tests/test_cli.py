@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import meshwright
-from meshwright import cli
+from meshwright import cli, delivery
 from meshwright.__main__ import main
 from meshwright.errors import MeshwrightError
 from meshwright.files import read_yaml, to_yaml
@@ -304,7 +304,7 @@ def test_a_reader_that_leaves_is_no_error(file: str) -> None:
         assert writer.stdout.read(10)
         writer.stdout.close()
         said = writer.stderr.read().decode()
-        assert writer.wait() == cli.BROKEN_PIPE
+        assert writer.wait() == delivery.BROKEN_PIPE
     assert said == ""
 
 

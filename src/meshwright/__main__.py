@@ -10,7 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from meshwright.cli import UsageError, app, discard_the_rest, say
+from meshwright.cli import UsageError, app
+from meshwright.delivery import discard_the_rest, say
 from meshwright.errors import MeshwrightError
 
 BAD_INPUT, DEFECT, INTERRUPTED = 2, 3, 130

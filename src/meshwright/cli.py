@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from meshwright import __version__
+from meshwright.delivery import deliver, present, say, tell
 from meshwright.errors import InputError
-from meshwright.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from meshwright.deployment import Deployment, Placement, PlacementT
     from meshwright.validate.answer import Validation
-    from meshwright.verify import Finding
-
-BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports a writer that lost its reader
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """The error of a wrong command line: typer carries its own parser or uses click's, by version."""
@@ -207,6 +201,64 @@ def plan(
 
 
 @app.command()
+def simulate(
+    file: Annotated[str, typer.Argument(metavar="PLAN", help="A plan's file, or a deployment file.")],
+    lengths: Annotated[
+        str | None, typer.Option(metavar="128,4096,…", help="Tokens of a sequence (shortest and longest).")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Draw routing, and stragglers if asked, N times.")
+    ] = None,
+    stragglers: Annotated[
+        float | None, typer.Option(metavar="SIGMA", help="Spread of how much slower ranks are: 0.02.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of what is drawn.")] = 0,
+    every_rank: Annotated[
+        bool, typer.Option("--every-rank", help="Run every pipeline, not one that stands for all.")
+    ] = False,
+    schedules: Annotated[
+        bool, typer.Option("--schedules", help="Compare all six schedules on the plan's degrees.")
+    ] = False,
+    place_experts: Annotated[
+        bool, typer.Option("--place-experts", help="Even the load by placing experts, from their counts.")
+    ] = False,
+    failures: Annotated[
+        str | None,
+        typer.Option(metavar="RATE", help="Between failures of the job, 8 h, or a published rate's name."),
+    ] = None,
+    checkpoint: Annotated[
+        str, typer.Option(metavar="TIME", help="For which a checkpoint stops training.")
+    ] = "30 s",
+    trace: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the events there, for Perfetto (.json.gz).")
+    ] = None,
+    svg: Annotated[str | None, typer.Option(metavar="FILE", help="Write a Gantt chart there.")] = None,
+    as_json: Json = False,
+    output: Output = None,
+    overrides: Overrides = None,
+) -> None:
+    """Run a step event by event: its timeline and its critical path."""
+    from meshwright.simulation import Asked, answered
+    from meshwright.terminal.progress import progress_bar
+
+    for flag, path in (("--output", output), ("--trace", trace), ("--svg", svg)):
+        guard_input(file, path, flag)
+    drawn = (lengths, samples, stragglers, seed, every_rank)
+    asked = Asked(
+        file, tuple(overrides or ()), *drawn, schedules, place_experts, failures, checkpoint, trace, svg
+    )
+    with progress_bar() as progress:
+        answer = answered(asked, progress)
+
+    def show(console: Console) -> None:
+        from meshwright.terminal.simulate import show_simulation
+
+        show_simulation(answer, console)
+
+    present(answer.document, show, as_json, output)
+
+
+@app.command()
 def train(
     file: Annotated[str, typer.Argument(metavar="PLAN", help="A plan's file, or a deployment file.")],
     nproc: Annotated[
@@ -330,66 +382,3 @@ def guard_input(file: str, output: str | None, flag: str = "--output") -> None:
         raise InputError("FILE", file, "standard input is not read; give the path of a file")
     if output and os.path.exists(output) and os.path.exists(file) and os.path.samefile(output, file):
         raise InputError(flag, output, "the file that is read would be overwritten")
-
-
-def present(
-    document: Callable[[], Mapping[str, Any]],
-    show: Callable[[Console], None],
-    as_json: bool,
-    output: str | None,
-) -> None:
-    """Deliver a result in the form that was asked for; the form that was not is never built."""
-    if as_json:
-        deliver(json.dumps(document(), ensure_ascii=False, allow_nan=False) + "\n", output)
-        return
-    from meshwright.terminal import rendered
-
-    deliver(rendered(show, is_terminal=output is None and _has_stdout() and sys.stdout.isatty()), output)
-
-
-def _has_stdout() -> bool:
-    """Whether there is a standard output: a shell's `>&-` leaves a process without one."""
-    stream: object = sys.stdout
-    return stream is not None
-
-
-def deliver(text: str, output: str | None = None) -> None:
-    """Print a whole output, or write it to a file whole or not at all."""
-    if output is not None:
-        from meshwright.files import write_text
-
-        write_text(output, text)
-        return
-    if not _has_stdout():
-        raise InputError("standard output", "closed", "there is no place to print to", ["-o PATH"])
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        discard_the_rest()
-        raise typer.Exit(BROKEN_PIPE) from None
-    except OSError as error:
-        discard_the_rest()
-        raise InputError("standard output", error.strerror, "the output cannot be written") from None
-
-
-def discard_the_rest() -> None:
-    """Give what is still buffered a place to go, or the interpreter complains when it ends."""
-    with suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def tell(defaults: Mapping[str, str], findings: Iterable[Finding]) -> None:
-    """Say on stderr, where stdout carries JSON, which defaults were used and what is worth knowing."""
-    for key, why in defaults.items():
-        say(f"default: {key} = {why}")
-    for finding in findings:
-        say(f"{finding.level}: {finding.raised()}")
-
-
-def say(message: str) -> None:
-    """Print one line on stderr, whatever the message holds: names and values in it come from outside."""
-    stream: TextIO | None = sys.stderr
-    if stream is not None:  # `print` would take standard output instead
-        with suppress(OSError):  # no place is left to complain about that
-            print(printable(message), file=stream, flush=True)

@@ -15,7 +15,7 @@ from meshwright.ir.elementwise import larger, rounded, smaller
 from meshwright.ir.graph import OpKind
 from meshwright.ir.holding import Holding
 from meshwright.ir.lowering import MATMULS, LoweredBlock
-from meshwright.ir.step import reduces_in_backward
+from meshwright.ir.step import reduces_by_block, reduces_in_backward
 from meshwright.ir.tasks import ComputeTask
 from meshwright.plan import Plan
 from meshwright.policy import ZeroStage
@@ -54,8 +54,8 @@ class Setting:
 
     @property
     def masters_in_place(self) -> bool:
-        """Whether parameters are their own FP32 masters."""
-        return self.engine.master_in_parameter.value
+        """Whether parameters are their own FP32 masters: always where FSDP2 divides them."""
+        return self.engine.master_in_parameter.value or reduces_by_block(self.engine, self.zero_stage)
 
     def divides_gradients(self, num_micro_batches: int) -> bool:
         """Whether a rank keeps only its share of the gradients: under ZeRO-2 and 3, where the backward that
@@ -250,7 +250,7 @@ def gathered_bytes(setting: Setting, largest_block: int, stages: Iterable[int]) 
 
 def whole_copies(setting: Setting, held: Holding, dp_cp: int, edp: int) -> int:
     """Parameters with a whole copy beside the share: not where the share is all, in the compute type."""
-    cast = setting.masters_in_place
+    cast = setting.engine.master_in_parameter.value
     return held.dense * (cast or dp_cp > 1) + held.experts * (cast or edp > 1)
 
 

@@ -15,7 +15,7 @@ from meshwright.runtime.step import Trainer
 @dataclass(frozen=True)
 class RankFacts:
     """One rank as it was built. `experts`: the first and the last of each layer that it holds.
-    `weight_bytes` and `state_bytes` are counted from the tensors that exist."""
+    `weight_bytes` is counted from the tensors that exist."""
 
     rank: int
     coordinates: dict[str, int]
@@ -25,8 +25,6 @@ class RankFacts:
     has_head: bool
     experts: tuple[int, int] | None
     weight_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
 
 
 def roster(trainer: Trainer) -> list[RankFacts]:
@@ -41,16 +39,8 @@ def roster(trainer: Trainer) -> list[RankFacts]:
 
 
 def _own_facts(trainer: Trainer) -> RankFacts:
-    plan, mesh, replica = trainer.plan, trainer.mesh, trainer.replica
+    mesh, replica = trainer.mesh, trainer.replica
     stages = replica.program.stages_of(mesh.position("pp"))
-    shares = replica.store.shares
-    gradients = [held.tensor.grad for held in replica.held if held.tensor.grad is not None]
-    divided = [share.gradient for share in shares if isinstance(share.held.tensor, DTensor)]
-    moments = [m for share in shares for m in trainer.optimizer.moments[id(share)].values()]
-    in_place = plan.workload.precision == "fp32"
-    masters = [
-        share.master for share in shares if not in_place and not isinstance(share.held.tensor, DTensor)
-    ]
     return RankFacts(
         mesh.rank,
         _coordinates(mesh),
@@ -60,8 +50,6 @@ def _own_facts(trainer: Trainer) -> RankFacts:
         any(stage.has_head for stage in stages),
         _experts(trainer),
         sum(_bytes(held.tensor) for held in replica.held),
-        sum(map(_bytes, gradients or divided)),
-        sum(map(_bytes, [*moments, *masters])),
     )
 
 

@@ -21,7 +21,8 @@ def short_layout(plan: Plan) -> str:
     words += [f"EP{layout.ep}"] if layout.ep > 1 else []
     if layout.etp > 1 and layout.etp != layout.tp:
         words.append(f"ETP{layout.etp}")
-    return " ".join([*words, f"DP{layout.dp}"])
+    replicas = f" in {layout.dp_replicas} replicas" if layout.dp_replicas > 1 else ""
+    return " ".join([*words, f"DP{layout.dp}{replicas}"])
 
 
 _SHORT_SCHEDULE: dict[str, str] = {
@@ -50,6 +51,14 @@ def interval(low_s: float, high_s: float) -> str:
     number, unit = high.split()
     scale = high_s / float(number)
     return f"{low_s / scale:.4g}–{number} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """A time that people wait for: days and hours where there are several."""
+    for name, unit in (("days", 86_400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.4g} {name}"
+    return SECONDS.format(seconds)
 
 
 def figures_table(*headings: str) -> Table:
