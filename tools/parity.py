@@ -60,7 +60,7 @@ def measured() -> dict[str, Any]:
     """Train every layout, and every mistake; what the template needs."""
     runs, mutations = import_module("parity_runs"), import_module("mutations").MUTATIONS
     with tempfile.TemporaryDirectory() as name:
-        folder = runs.write_corpus(Path(name))
+        folder = import_module("training_runs").write_corpus(Path(name))
         rows = [measured_row(case, folder, runs) for case in (*layouts.CASES, *layouts.HALF)]
         found = [(one, runs.compared(one.case, "sgd", folder, one.steps, one.mutate)) for one in mutations]
         doubled = mutations[0]

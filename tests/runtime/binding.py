@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 from layouts import Case, _case
-from parity_runs import stream_of, trainer_of
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
+from training_runs import made_once, stream_of, trainer_of
 
 from meshwright.ir.program import Program, lower
 from meshwright.ir.sharding import local_shape
@@ -75,7 +75,8 @@ class Done:
 @cache
 def done(case: Case, folder: Path) -> list[Done]:
     """What every rank of a case did."""
-    return run_ranks(case.world, _done, case.plan("adamw"), folder)
+    plan = case.plan("adamw")
+    return made_once(folder / f"done-{plan.digest}", lambda: run_ranks(case.world, _done, plan, folder))
 
 
 def _done(rank: int, plan: Plan, folder: Path) -> Done:

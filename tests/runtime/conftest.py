@@ -11,8 +11,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the text that training runs read."""
-    from parity_runs import write_corpus
+def corpus(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder with the text that training runs read, and with what they share: one for all workers."""
+    from training_runs import write_corpus
 
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "corpus"
+    folder.mkdir(exist_ok=True)
+    return write_corpus(folder)

@@ -12,10 +12,10 @@ pytest.importorskip("torch")
 
 import torch
 from layouts import Case, _case, limits
-from parity_runs import stream_of, trainer_of, weights_of
 from ranks import run_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from training_runs import stream_of, trainer_of, weights_of
 
 from meshwright.plan import Plan
 from meshwright.runtime.step import Trainer, inputs_of, rows_of_rank

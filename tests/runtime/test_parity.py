@@ -15,7 +15,8 @@ pytest.importorskip("torch")
 
 import torch
 from layouts import CASES, CLIPS, DRAWN, GIVEN, HALF, MODELS, STEPS, Case, drawn, limits, pairs
-from parity_runs import compared, has_several_documents, reference, stream_of
+from parity_runs import compared, reference
+from training_runs import has_several_documents, stream_of
 
 from meshwright.model import Model
 from meshwright.policy import SCHEDULES

@@ -14,11 +14,11 @@ pytest.importorskip("torch")
 
 import torch
 from layouts import Case, _case
-from parity_runs import Seen, mesh_of, steps_of, stream_of, trainer_of
 from ranks import run_ranks
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_runs import Seen, mesh_of, steps_of, stream_of, trainer_of
 
 from meshwright.plan import Plan
 from meshwright.policy import Recompute
