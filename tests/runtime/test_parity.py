@@ -22,6 +22,7 @@ from meshwright.model import Model
 from meshwright.policy import SCHEDULES
 
 OPTIMIZERS = ("sgd", "adamw")
+MARKED = [pytest.param(case, marks=[pytest.mark.slow] if case.world >= 8 else []) for case in CASES]
 
 
 # what is compared
@@ -99,7 +100,7 @@ def test_uneven_routing_leaves_ranks_without_a_token(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", MARKED, ids=str)
 def test_a_layout_trains_as_one_process(case: Case, optimizer: str, corpus: Path) -> None:
     assert compared(case, optimizer, corpus).beyond(limits(case, optimizer)) == []
 

@@ -137,7 +137,7 @@ def write_corpus(folder: Path) -> Path:
 
 
 def made_once(path: Path, make: Callable[[], Any]) -> Any:
-    """What a file holds, which the first that asks for it makes: processes that test at once share results."""
+    """What a file holds, which the first that asks makes: processes that test at once share results."""
     if not path.exists():
         _write(path, pickle.dumps(make()))
     return pickle.loads(path.read_bytes())
