@@ -289,21 +289,24 @@ def train(
     from meshwright.training import train as train_file
 
     guard_input(file, None)
-    train_file(
-        Asked(
-            file,
-            tuple(overrides or ()),
-            nproc,
-            scale_down,
-            device,
-            steps,
-            output,
-            save_every,
-            keep,
-            resume,
-            as_json,
-        )
+    asked = Asked(
+        file,
+        tuple(overrides or ()),
+        nproc,
+        scale_down,
+        device,
+        steps,
+        output,
+        save_every,
+        keep,
+        resume,
+        as_json,
     )
+    try:
+        train_file(asked)
+    except BrokenPipeError:  # whoever read the steps has seen enough
+        discard_the_rest()
+        raise typer.Exit(BROKEN_PIPE) from None
 
 
 @app.command()

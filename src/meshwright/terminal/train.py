@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from math import isfinite
 from typing import Any, Protocol, TextIO
 
 from rich import box
@@ -135,7 +136,7 @@ class Screen:
         if self.bar is not None:
             with suppress(Exception):  # nothing that a bar does may hide the run's own error
                 self.bar.stop()
-        if self.last is not None and self.last.step == self.steps:
+        if self.last is not None and self.last.step == self.steps and isfinite(self.last.loss):
             relation = "below" if self.last.loss < self.entropy else "not below"
             self.console.print(
                 f"\nloss {self.last.loss:.4f} nats per token, {relation} the {self.entropy:.4f} of a guess "
