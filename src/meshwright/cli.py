@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from meshwright import __version__
-from meshwright.delivery import deliver, present, say, tell
+from meshwright.delivery import BROKEN_PIPE, deliver, discard_the_rest, present, say, tell
 from meshwright.errors import InputError
 
 if TYPE_CHECKING:

@@ -47,6 +47,8 @@ class Scaler:
         if not self.enabled:
             return
         if overflow:
+            if self.scale <= self.settings.minimum:
+                raise FloatingPointError(f"gradients overflow even at the least loss scale, {self.scale:g}")
             self.clean_steps = 0
             self.overflows_left -= 1
             if self.overflows_left <= 0:
