@@ -58,6 +58,9 @@ _WORDS = {
 }
 _WHOLE = (SEND, "gradients", "parameters", "scalars")
 
+_NOTHING_S = 1e-12
+"""What is shorter than this is what floats lose."""
+
 ADVICE = {
     COMPUTE: "faster GPUs, less recompute, or stages with more even work",
     LAUNCHES: "larger micro-batches, or captured graphs",
@@ -110,16 +113,16 @@ def critical_path(
     if ends[pipeline].started_s[rank] > _done_s(runs[pipeline], rank):
         latest = max(range(len(runs)), key=lambda one: _done_s(runs[one], rank))
     run = runs[latest]
-    if run.drained_s[rank] > (last := run.done[rank][-1].end_s):
-        links.append(Link("gradients", "dp", steps[latest][rank].tier, rank, "", last, run.drained_s[rank]))
+    if run.drained_s(rank) > (last := run.done[rank][-1].end_s):
+        links.append(Link("gradients", "dp", steps[latest][rank].tier, rank, "", last, run.drained_s(rank)))
     links += _back_from(run, insides[latest], steps[latest], rank)
     links.reverse()
-    kept = tuple(link for link in links if link.end_s > link.start_s)
+    kept = tuple(link for link in links if link.end_s - link.start_s > _NOTHING_S)
     return CriticalPath(kept, _shares(cluster, kept))
 
 
 def _done_s(run: Run, rank: int) -> float:
-    return max(run.done[rank][-1].end_s, run.drained_s[rank])
+    return max(run.done[rank][-1].end_s, run.drained_s(rank))
 
 
 def _back_from_end(
