@@ -6,7 +6,8 @@ leaves the rank then takes a send; the share of it that shows keeps the sender, 
 the rank does next. Events are taken in order of time, so that a rank that starts its next action knows which
 flows are still under way: with contention they and its own transfers share the links (`streams.py`).
 
-Linear in actions: one entry of the heap for each start and each arrival.
+Linear in actions: one entry of the heap for each start and each arrival. What is inside an action with no
+flow beside it depends on its price alone, so that equal actions share it: `events.py` lays it out once.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from meshwright.errors import InputError
 from meshwright.ir.program import Program, lower
@@ -55,6 +56,20 @@ class Simulated:
     ranks: tuple[RankUse, ...]
     phases: Mapping[str, tuple[float, float]]
     _kept: _Kept = field(repr=False, compare=False)
+
+    def document(self) -> dict[str, Any]:
+        """The step as a mapping of plain values, for JSON: seconds, and fractions from 0 to 1."""
+        path = self.critical_path
+        return {
+            "step_time_s": self.step_time_s,
+            "bubble_fraction": self.bubble_fraction,
+            "exposed_comm_s": dict(self.exposed_comm_s),
+            "critical_path": {"shares": [asdict(one) for one in path.shares], "words": list(path.words())},
+            "events": self.events,
+            "wall_s": self.wall_s,
+            "phases": {name: {"start_s": a, "end_s": b} for name, (a, b) in self.phases.items()},
+            "ranks": [asdict(use) for use in self.ranks],
+        }
 
     def timeline(self) -> Timeline:
         """Every event of the pipeline that ends last."""
