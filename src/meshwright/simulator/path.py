@@ -49,7 +49,7 @@ class Share:
 _WORDS = {
     COMPUTE: "compute",
     LAUNCHES: "waiting for launches",
-    SEND: "sends between stages",
+    SEND: "sends to other stages",
     "all_to_all": "all-to-all",
     "gradients": "gradient reduction",
     "parameters": "parameter gathering",
