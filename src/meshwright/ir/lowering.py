@@ -214,11 +214,11 @@ def parameter_gathers(
 
 
 def gradient_reductions(
-    block: str, params: Iterable[Param], sizes: AxisSizes, element_bytes: int
+    block: str, params: Iterable[Param], sizes: AxisSizes, element_bytes: int, has_copy: bool = False
 ) -> Iterator[CommTask]:
     """The reduction of a block's gradients, where every backward reduces them; those of a tied table go with
-    the embedding."""
-    own = [param for param in params if block == "embedding" or param.part != "embedding"]
+    the embedding, unless the head `has_copy`, on a stage of its own."""
+    own = [param for param in params if has_copy or block == "embedding" or param.part != "embedding"]
     dense, experts = zero_axes(sizes)
     for axis, name, expert in ((dense, "dense", False), (experts, "experts", True)):
         mine = [param for param in own if param.is_expert is expert]

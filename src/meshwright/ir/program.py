@@ -147,7 +147,8 @@ class Program:
         width, layout = self.engine.gradient_bytes.value, self.plan.layout
         for block in stage.blocks:
             params = block_parameters(self.plan.model, block.name)
-            yield from gradient_reductions(block.name, params, layout, width)
+            has_copy = not stage.has_embedding
+            yield from gradient_reductions(block.name, params, layout, width, has_copy)
 
     def _gathers(self, stage: StageProgram) -> Counter[str]:
         """How often ZeRO-3 gathers a stage's parameters before each phase.
