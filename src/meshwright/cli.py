@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from meshwright import __version__
-from meshwright.delivery import deliver, present, say, tell
+from meshwright.delivery import BROKEN_PIPE, deliver, discard_the_rest, present, say, tell
 from meshwright.errors import InputError
 
 if TYPE_CHECKING:
@@ -289,21 +289,24 @@ def train(
     from meshwright.training import train as train_file
 
     guard_input(file, None)
-    train_file(
-        Asked(
-            file,
-            tuple(overrides or ()),
-            nproc,
-            scale_down,
-            device,
-            steps,
-            output,
-            save_every,
-            keep,
-            resume,
-            as_json,
-        )
+    asked = Asked(
+        file,
+        tuple(overrides or ()),
+        nproc,
+        scale_down,
+        device,
+        steps,
+        output,
+        save_every,
+        keep,
+        resume,
+        as_json,
     )
+    try:
+        train_file(asked)
+    except BrokenPipeError:  # whoever read the steps has seen enough
+        discard_the_rest()
+        raise typer.Exit(BROKEN_PIPE) from None
 
 
 @app.command()

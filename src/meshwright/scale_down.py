@@ -112,6 +112,7 @@ def _small_layout(plan: Plan, num_ranks: int, reasons: Reasons) -> Layout:
     if old.cp > 1:
         reasons["layout.cp"] = "the native engine runs none; its ranks count as dp"
     degrees |= _expert_degrees(plan, degrees["tp"], degrees["dp"], reasons)
+    degrees["dp_replicas"] = _replicas(old, degrees, reasons)
     return Layout(**degrees, vpp=_chunks(plan, degrees["pp"], reasons))
 
 
@@ -128,6 +129,17 @@ def _expert_degrees(plan: Plan, tp: int, dp: int, reasons: Reasons) -> dict[str,
         if now == 1 < before:
             reasons[f"layout.{axis}"] = "a stage has too few ranks"
     return {"ep": ep, "etp": etp}
+
+
+def _replicas(old: Layout, degrees: dict[str, int], reasons: Reasons) -> int:
+    """Two replicas of ZeRO's groups where the plan has several and the data axes still divide."""
+    if old.dp_replicas == 1:
+        return 1
+    edp = degrees["tp"] * degrees["dp"] // (degrees["ep"] * degrees["etp"])
+    if degrees["dp"] % 2 == 0 and edp % 2 == 0:
+        return 2
+    reasons["layout.dp_replicas"] = "the data axes have too few ranks"
+    return 1
 
 
 def _chunks(plan: Plan, pp: int, reasons: Reasons) -> int:

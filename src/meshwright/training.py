@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +15,7 @@ from meshwright.deployment import Training
 from meshwright.errors import InputError, MeshwrightError
 from meshwright.plan import Plan
 from meshwright.planner.planned import planned
-from meshwright.scale_down import scaled_down
+from meshwright.scale_down import ScaledDown, scaled_down
 from meshwright.terminal.progress import progress_bar
 from meshwright.terminal.train import JsonLines, Screen
 from meshwright.verify import require_valid
@@ -61,12 +63,13 @@ def train(asked: Asked) -> None:
             return JsonLines()
         return Screen(plan, training.steps, changes, unigram_entropy(stream))
 
+    train_plan(plan, run, _num_ranks(asked, plan), asked.device, audience, _reading)
+
+
+@contextmanager
+def _reading() -> Iterator[Callable[[int, int], None]]:
     with progress_bar() as progress:
-
-        def told(done: int, total: int) -> None:
-            progress("reading text", done, total)
-
-        train_plan(plan, run, _num_ranks(asked, plan), asked.device, audience, told)
+        yield lambda done, total: progress("reading text", done, total)
 
 
 def _plan(asked: Asked) -> tuple[Plan, Sequence[str]]:
@@ -74,7 +77,7 @@ def _plan(asked: Asked) -> tuple[Plan, Sequence[str]]:
         plan = planned(asked.file, asked.overrides, "native", progress)
     changes: tuple[str, ...] = ()
     if asked.scale_down:
-        scaled = scaled_down(plan, SCALED_RANKS if asked.nproc is None else asked.nproc)
+        scaled = _scaled(plan, SCALED_RANKS if asked.nproc is None else asked.nproc)
         plan, changes = scaled.plan, scaled.changes
     if asked.steps is not None:
         training = (plan.training or Training()).model_copy(update={"steps": asked.steps})
@@ -84,6 +87,14 @@ def _plan(asked: Asked) -> tuple[Plan, Sequence[str]]:
     return plan, changes
 
 
+def _scaled(plan: Plan, num_ranks: int) -> ScaledDown:
+    try:
+        return scaled_down(plan, num_ranks)
+    except InputError as error:
+        key = "--nproc" if error.key == "num_ranks" else error.key
+        raise InputError(key, error.value, error.rule, error.nearest) from None
+
+
 def _require_trainable(plan: Plan) -> None:
     """Raise InputError for what the native runtime does not train, where `verify` has no rule for it."""
     if plan.policy.engine != "native":
@@ -91,6 +102,20 @@ def _require_trainable(plan: Plan) -> None:
         raise InputError("policy.engine", plan.policy.engine, rule, ["native"])
     if plan.layout.pp == 1 and plan.layout.vpp > 1:
         raise InputError("layout.vpp", plan.layout.vpp, "one pipeline rank has nothing to interleave", [1])
+    _require_positions(plan)
+
+
+def _require_positions(plan: Plan) -> None:
+    """Raise InputError for positions that the model has no numbers for, or cannot rotate by."""
+    model, longest = plan.model, plan.workload.max_sequence_length
+    if model.position == "learned" and longest > (model.max_position_embeddings or 0):
+        rule = f"at most max_position_embeddings = {model.max_position_embeddings}: positions are learned"
+        raise InputError("workload.sequence_length", longest, rule, [model.max_position_embeddings])
+    rotated = int(model.qk_head_dim * model.partial_rotary_factor)
+    if model.position == "rope" and rotated % 2:
+        rule = f"rotary positions turn pairs, and {rotated} of a head's {model.qk_head_dim} dims are odd"
+        near = [model.qk_head_dim + 1] if model.partial_rotary_factor == 1 else []
+        raise InputError("model.head_dim", model.qk_head_dim, rule, near)
 
 
 def _num_ranks(asked: Asked, plan: Plan) -> int | None:
@@ -103,6 +128,11 @@ def _check(asked: Asked) -> None:
     for flag, value in (("--nproc", asked.nproc), ("--steps", asked.steps), ("--keep", asked.keep)):
         if value is not None and value < 1:
             raise InputError(flag, value, "at least 1", [1])
+    stream: object = sys.stdout
+    if stream is None:
+        raise InputError("standard output", "closed", "there is no place to print to", ["> run.jsonl"])
+    if asked.output is not None and not asked.output.strip():
+        raise InputError("--output", asked.output, "a folder", ["runs/first"])
     if asked.save_every < 0:
         raise InputError("--save-every", asked.save_every, "a number of steps; 0 saves at the end", [100])
     for flag, given in (

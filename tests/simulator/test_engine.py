@@ -202,8 +202,8 @@ def test_flows_of_the_data_axes_start_with_the_last_backward() -> None:
     beside = [Beside(reductions={0: Flow(3.0, 1)}), Beside(reductions={1: Flow(0.5, 1)})]
     work = replace(uniform(schedule, 1, 0.5, 0.5), beside=beside, lines=lambda kind, stage, count: [line])
     found = run(schedule, work)
-    assert found.drained_s[0] == pytest.approx(found.done[0][-1].start_s + 3.0)
-    assert found.drained_s[1] == pytest.approx(found.done[1][-1].start_s + 0.5)
+    assert found.drained_s(0) == pytest.approx(found.done[0][-1].start_s + 3.0)
+    assert found.drained_s(1) == pytest.approx(found.done[1][-1].start_s + 0.5)
 
 
 def test_a_deadlock_names_rank_and_action() -> None:

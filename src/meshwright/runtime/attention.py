@@ -107,6 +107,10 @@ class Attention(nn.Module):
         if self.sinks is not None:
             return _attend_with_sinks(q, k, v, mask, self.sinks).permute(2, 0, 1, 3)
         grouped = self.heads != self.kv_heads
+        if grouped and mask is not None and q.device.type == "cuda":
+            # CUDA's kernels take a mask or grouped heads, not both: else scores would stand in memory
+            k, v = (x.repeat_interleave(self.heads // self.kv_heads, 1) for x in (k, v))
+            grouped = False
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
         return out.permute(2, 0, 1, 3)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch.distributed as dist
@@ -35,23 +36,30 @@ class Audience(Protocol):
         """The run is over, or failed."""
 
 
+Reading = Callable[[], AbstractContextManager[Callable[[int, int], None] | None]]
+"""Gives whom to tell of bytes read and of all bytes, while it is entered."""
+
+
 def train_plan(
     plan: Plan,
     run: Run,
     num_ranks: int | None,
     device: DeviceKind,
     audience: Callable[[DataStream], Audience],
-    progress: Callable[[int, int], None] | None = None,
+    reading: Reading = nullcontext,
 ) -> None:
     """Train a plan that holds every rule of `verify`, on local ranks or as one of torchrun's.
 
-    `num_ranks` None takes the plan's, where this machine is the plan's cluster. Raises InputError.
+    `num_ranks` None takes the plan's, where this machine is the plan's cluster. `reading` watches while text
+    is read, and is done before ranks are forked: a thread that draws would leave them its locks. Raises
+    InputError.
     """
     training = plan.training or Training()
 
     def opened() -> DataStream:
         vocabulary = plan.model.vocab_size
-        return open_stream(training, plan.workload, vocabulary, run.folder, progress=progress)
+        with reading() as progress:
+            return open_stream(training, plan.workload, vocabulary, run.folder, progress=progress)
 
     if is_under_torchrun():
         if num_ranks is not None:
@@ -86,7 +94,7 @@ def _rank(
 ) -> None:
     watching = mesh.rank == 0
     told = audience(stream) if watching else None
-    journal = Journal(run.output, plan) if watching and run.output is not None else None
+    journal: Journal | None = None
 
     def report(record: Record) -> None:
         if journal is not None:
@@ -95,6 +103,9 @@ def _rank(
             told.stepped(record)
 
     def started(trainer: Trainer) -> None:
+        nonlocal journal
+        if watching and run.output is not None:  # not before: a run that is refused changes nothing there
+            journal = Journal(run.output, plan)
         ranks = roster(trainer)
         if told is not None:
             told.started(ranks, trainer.steps)

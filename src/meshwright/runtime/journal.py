@@ -38,12 +38,13 @@ class Journal:
     def __init__(self, folder: Path, plan: Plan) -> None:
         """Raises InputError where the folder cannot be written."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.curves = _writer(folder / "tensorboard")
             self.lines = (folder / "steps.jsonl").open("a", encoding="utf-8")
         except OSError as error:
-            raise InputError("--output", str(folder), f"cannot be written: {error.strerror}") from None
+            where = error.filename or folder
+            raise InputError("--output", str(where), f"cannot be written: {error.strerror}") from None
         write_plan(plan, folder / "plan.yaml")
-        self.curves = _writer(folder / "tensorboard")
 
     def write(self, record: Record) -> None:
         """Add a step."""

@@ -40,7 +40,8 @@ FAIRSEQ_KEYS = (
 @dataclass(frozen=True)
 class Record:
     """One step as it is reported. `loss` is cross-entropy alone, the mean over all targets, in nats;
-    `routing` has one figure for each expert layer under each key; `mfu` is None where no peak is known."""
+    `routing` has one figure for each expert layer under each key; `mfu` is None where no peak is known.
+    Losses and entropies are not finite where a forward pass overflowed, and null in the document."""
 
     step: int
     loss: float
@@ -63,7 +64,13 @@ class Record:
         fields = dict(vars(self))
         layers = fields.pop("routing")
         means = {key: sum(layers[key]) / len(layers[key]) for key in FAIRSEQ_KEYS if layers.get(key)}
-        return {**fields, **means, "layers": layers}
+        listed = {key: [_or_none(value) for value in values] for key, values in layers.items()}
+        return {**{key: _or_none(value) for key, value in (fields | means).items()}, "layers": listed}
+
+
+def _or_none(value: Any) -> Any:
+    """What JSON can hold: an overflow in a forward pass leaves losses and entropies that are no numbers."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def record(trainer: Trainer, result: StepResult, batch: Batch, seconds: float, scale: float) -> Record:
@@ -84,7 +91,7 @@ def record(trainer: Trainer, result: StepResult, batch: Batch, seconds: float, s
         skipped=outcome.skipped,
         tokens=int(tokens),
         tokens_per_s=tokens / seconds,
-        mfu=_mfu(plan, batch.tokens.shape[1], seconds),
+        mfu=_mfu(plan, mesh, batch.tokens.shape[1], seconds),
         step_time_s=seconds,
         peak_memory_bytes=_peak_memory(mesh),
         expert_load_max_over_mean=max(loads) if loads else None,
@@ -130,9 +137,10 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _mfu(plan: Plan, length: int, seconds: float) -> float | None:
-    """Model FLOPs of whole sequences over what all GPUs could do; unknown for the machine at hand."""
-    if plan.cluster.gpu.name == LOCAL_GPU:
+def _mfu(plan: Plan, mesh: Mesh, length: int, seconds: float) -> float | None:
+    """Model FLOPs of whole sequences over what all GPUs could do; unknown for the machine at hand, and
+    where processors stand in for the plan's GPUs."""
+    if plan.cluster.gpu.name == LOCAL_GPU or mesh.device.type != "cuda":
         return None
     peak = plan.cluster.gpu.peak[plan.workload.precision] * plan.cluster.num_gpus
     return model_flops(plan, length) / (seconds * peak)

@@ -47,6 +47,8 @@ class Scaler:
         if not self.enabled:
             return
         if overflow:
+            if self.scale <= self.settings.minimum:
+                raise FloatingPointError(f"gradients overflow even at the least loss scale, {self.scale:g}")
             self.clean_steps = 0
             self.overflows_left -= 1
             if self.overflows_left <= 0:
@@ -59,11 +61,15 @@ class Scaler:
             self.scale *= 2
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
+        """What a checkpoint keeps. A scale of 0 stands for a run that had none."""
+        if not self.enabled:
+            return {"scale": 0.0, "clean_steps": 0, "overflows_left": 0}
         return {"scale": self.scale, "clean_steps": self.clean_steps, "overflows_left": self.overflows_left}
 
     def restore(self, state: dict[str, float]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint; a run of another type has no scale to go on with."""
+        if not self.enabled or not state["scale"]:
+            return
         self.scale = float(state["scale"])
         self.clean_steps = int(state["clean_steps"])
         self.overflows_left = int(state["overflows_left"])

@@ -25,6 +25,7 @@ class RankFacts:
     has_head: bool
     experts: tuple[int, int] | None
     weight_bytes: int
+    device: str
 
 
 def roster(trainer: Trainer) -> list[RankFacts]:
@@ -50,6 +51,7 @@ def _own_facts(trainer: Trainer) -> RankFacts:
         any(stage.has_head for stage in stages),
         _experts(trainer),
         sum(_bytes(held.tensor) for held in replica.held),
+        mesh.device.type,
     )
 
 

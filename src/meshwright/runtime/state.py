@@ -78,3 +78,14 @@ def _check_plan(plan: Plan, then: Mapping[str, Any]) -> None:
             if fixed and name != "name" and saved != value:
                 rule = "not as in the checkpoint's run: keep its value or start anew"
                 raise InputError(f"{key}.{name}", value, rule, [saved])
+    momentum, before = _momentum(now), _momentum(then)
+    if (momentum == 0) != (before == 0):
+        rule = "the checkpoint's run kept " + ("none: 0 it is" if before == 0 else "one: 0 would drop it")
+        raise InputError("training.momentum", momentum, rule, [before])
+
+
+def _momentum(document: Mapping[str, Any]) -> float:
+    """SGD's momentum of a plan; 0 under another optimizer, which keeps none."""
+    if document.get("workload", {}).get("optimizer") != "sgd":
+        return 0.0
+    return float((document.get("training") or {}).get("momentum", 0.0))

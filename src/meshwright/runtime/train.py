@@ -46,6 +46,7 @@ def train(plan: Plan, mesh: Mesh, stream: DataStream, run: Run, started: Started
 
     Raises MeshwrightError, the same on every rank.
     """
+    _require_new(run, mesh)
     trainer = Trainer(plan, mesh)
     if run.resume:
         _resume(trainer, stream, run)
@@ -71,6 +72,17 @@ def train(plan: Plan, mesh: Mesh, stream: DataStream, run: Run, started: Started
     if run.checkpoints is not None and saved != trainer.steps:
         _save(trainer, stream, run)
     return trainer
+
+
+def _require_new(run: Run, mesh: Mesh) -> None:
+    """Raise InputError for a new run into the folder of another one: their checkpoints would mix, and of two
+    of one step the second could not be saved."""
+    if run.resume or run.checkpoints is None:
+        return
+    found = checkpoint.newest(run.checkpoints, mesh.group("coordination"))
+    if found is not None:
+        rule = f"holds {found.name} of another run: go on with it by --resume, or name a new folder"
+        raise InputError("--output", str(run.output), rule)
 
 
 def _save(trainer: Trainer, stream: DataStream, run: Run) -> int:

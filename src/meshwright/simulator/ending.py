@@ -115,7 +115,7 @@ def ending(priced: Priced, runs: Sequence[Run], steps: Sequence[Sequence[RankSte
     """The end of a step of pipelines that reduce their gradients together; of one, or of each by itself where
     they are samples."""
     ranks = range(len(steps[0]))
-    ends = [[max(_last_s(run, rank), run.drained_s[rank]) for rank in ranks] for run in runs]
+    ends = [[max(_last_s(run, rank), run.drained_s(rank)) for rank in ranks] for run in runs]
     together = priced.options.every_rank
     found = []
     for own, mine in zip(ends, steps, strict=True):

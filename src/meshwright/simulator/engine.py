@@ -6,7 +6,8 @@ leaves the rank then takes a send; the share of it that shows keeps the sender, 
 the rank does next. Events are taken in order of time, so that a rank that starts its next action knows which
 flows are still under way: with contention they and its own transfers share the links (`streams.py`).
 
-Linear in actions: one entry of the heap for each start and each arrival.
+Linear in actions: one entry of the heap for each start and each arrival. What is inside an action with no
+flow beside it depends on its price alone, so that equal actions share it: `events.py` lays it out once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from meshwright.ir.schedule import Action, ActionKind, Schedule
-from meshwright.simulator.streams import Flow, Stretch, arrivals, idle, work_through
+from meshwright.simulator.streams import Flow, Stretch, Window, arrivals, idle, work_through
 
 Seconds = Sequence[Sequence[float]]
 """By stage and micro-batch."""
@@ -75,24 +76,31 @@ class Done:
 @dataclass(frozen=True)
 class Run:
     """What ran: actions by rank in order; by key, when each input arrived and who made it (rank and
-    position); when the last flow of each rank was through."""
+    position); by rank, from when to when parameters were gathered and gradients reduced beside actions, by
+    key GATHER and REDUCTION."""
 
     schedule: Schedule
     done: tuple[tuple[Done, ...], ...]
     arrived_s: Mapping[int, float]
     made_by: Mapping[int, tuple[int, int]]
-    drained_s: tuple[float, ...]
+    data_s: tuple[Mapping[int, Window], ...]
 
     @property
     def total_s(self) -> float:
         """When the last action ends."""
         return max((done[-1].end_s for done in self.done if done), default=0.0)
 
+    def drained_s(self, rank: int) -> float:
+        """When a rank's gradients that were reduced beside its actions are through: 0 where none were."""
+        return self.data_s[rank].get(REDUCTION, (0.0, 0.0))[1]
+
     def busy_s(self, rank: int) -> float:
         """Seconds that a rank works, waiting for its own communication included."""
         return sum(one.end_s - one.start_s for one in self.done[rank])
 
 
+GATHER, REDUCTION = -2, -3
+"""Keys of what the data axes move beside actions."""
 SPLIT = {ActionKind.BACKWARD: (ActionKind.INPUT_GRADIENT, ActionKind.WEIGHT_GRADIENT)}
 """The kinds that a full backward consists of."""
 
@@ -106,9 +114,7 @@ def run(schedule: Schedule, work: Work) -> Run:
     """Run every action of a schedule. Raises ValueError, naming rank and action, when ranks wait for ever."""
     sweep = _Sweep(schedule, work)
     sweep.go()
-    return Run(
-        schedule, tuple(map(tuple, sweep.done)), sweep.arrived, sweep.made_by, tuple(sweep.last_arrival)
-    )
+    return Run(schedule, tuple(map(tuple, sweep.done)), sweep.arrived, sweep.made_by, tuple(sweep.data_s))
 
 
 class _Sweep:
@@ -126,7 +132,7 @@ class _Sweep:
         self.flows: list[list[Flow]] = [[] for _ in range(ranks)]
         self.as_of = [0.0] * ranks
         self.version = [0] * ranks
-        self.last_arrival = [0.0] * ranks
+        self.data_s: list[dict[int, Window]] = [{} for _ in range(ranks)]
         self.arrived: dict[int, float] = {}
         self.made_by: dict[int, tuple[int, int]] = {}
         self.waiting: dict[int, list[int]] = {}
@@ -194,7 +200,7 @@ class _Sweep:
             cause = max(self.inputs(action), key=lambda key: self.arrived[key])
         flows = self.flows[rank]
         self.settle_arrivals(rank, idle(flows, self.as_of[rank], now))
-        flows += self.released(rank, action)
+        flows += self.released(rank, action, now)
         kept = tuple(Flow(flow.left_s, flow.tier, flow.key) for flow in flows)
         end, shown = now, self.sent(action)
         if flows and self.work.lines is not None:
@@ -231,29 +237,33 @@ class _Sweep:
 
     def settle_arrivals(self, rank: int, arrived: list[tuple[float, int]]) -> None:
         for time, key in arrived:
-            self.last_arrival[rank] = max(self.last_arrival[rank], time)
             if key >= 0:
                 self.push(time, rank, key)
+            else:
+                began, _ = self.data_s[rank][key]
+                self.data_s[rank][key] = (began, time)
 
     def arrive(self, key: int, now: float) -> None:
         self.arrived[key] = now
         for rank in self.waiting.pop(key, ()):
             self.try_start(rank)
 
-    def released(self, rank: int, action: Action) -> list[Flow]:
+    def released(self, rank: int, action: Action, now: float) -> list[Flow]:
         """Transfers of the data axes that start with an action."""
         if not self.work.beside or self.work.lines is None:
             return []
         beside, flows = self.work.beside[rank], []
         for part in action.simple_actions:
             source: Mapping[int, Flow] = {}
+            key = GATHER
             if part.kind is ActionKind.FORWARD and part.micro_batch == 0:
                 source = beside.gathers
             elif part.kind in _GRADIENT and part.micro_batch == self.count - 1:
-                source = beside.reductions
+                source, key = beside.reductions, REDUCTION
             if part.stage in source and source[part.stage].left_s > 0:
                 flow = source[part.stage]
-                flows.append(Flow(flow.left_s, flow.tier))
+                flows.append(Flow(flow.left_s, flow.tier, key))
+                self.data_s[rank].setdefault(key, (now, now))
         return flows
 
     def seconds(self, action: Action) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 
 from meshwright.ir.schedule import Action, ActionKind
 from meshwright.simulator.ending import Ending, RankStep
-from meshwright.simulator.engine import Done, Run, lines_of, simple_kinds
+from meshwright.simulator.engine import GATHER, Done, Run, lines_of, simple_kinds
 from meshwright.simulator.parts import NO_TIER
 from meshwright.simulator.passages import Passage
 from meshwright.simulator.streams import Flow, Stretch, Trace, work_through
@@ -228,11 +228,9 @@ def sends_of(done: Done, priced: Priced, run: Run) -> Iterator[tuple[int, Action
 def _of_step(rank: int, run: Run, step: RankStep, end: Ending, names: list[str]) -> Iterator[Event]:
     data = stream_of("dp", step.tier, True, names) if step.tier >= 0 else "dp"
     yield _once(rank, data, "gathering parameters", "dp", 0.0, step.gather_s)
-    last = run.done[rank][-1].end_s if run.done[rank] else 0.0
-    if step.reduce_beside_s:
-        begins = max(min(last, run.drained_s[rank]) - step.reduce_beside_s, 0.0)
-        ends = max(run.drained_s[rank], last)
-        yield _once(rank, data + _BESIDE, "reducing gradients", "dp", begins, ends)
+    for key, (begins, ends) in run.data_s[rank].items():
+        name = "gathering parameters" if key == GATHER else "reducing gradients"
+        yield _once(rank, data + _BESIDE, name, "dp", begins, ends)
     started, reduced, agreed = end.started_s[rank], end.reduced_s[rank], end.agreed_s[rank]
     yield _once(rank, data, "reducing gradients", "dp", started, reduced)
     scalars = agreed + step.scalars_s

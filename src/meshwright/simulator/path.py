@@ -49,7 +49,7 @@ class Share:
 _WORDS = {
     COMPUTE: "compute",
     LAUNCHES: "waiting for launches",
-    SEND: "sends between stages",
+    SEND: "sends to other stages",
     "all_to_all": "all-to-all",
     "gradients": "gradient reduction",
     "parameters": "parameter gathering",
@@ -57,6 +57,9 @@ _WORDS = {
     "scalars": "gradient norm and counts",
 }
 _WHOLE = (SEND, "gradients", "parameters", "scalars")
+
+_NOTHING_S = 1e-12
+"""What is shorter than this is what floats lose."""
 
 ADVICE = {
     COMPUTE: "faster GPUs, less recompute, or stages with more even work",
@@ -110,16 +113,16 @@ def critical_path(
     if ends[pipeline].started_s[rank] > _done_s(runs[pipeline], rank):
         latest = max(range(len(runs)), key=lambda one: _done_s(runs[one], rank))
     run = runs[latest]
-    if run.drained_s[rank] > (last := run.done[rank][-1].end_s):
-        links.append(Link("gradients", "dp", steps[latest][rank].tier, rank, "", last, run.drained_s[rank]))
+    if run.drained_s(rank) > (last := run.done[rank][-1].end_s):
+        links.append(Link("gradients", "dp", steps[latest][rank].tier, rank, "", last, run.drained_s(rank)))
     links += _back_from(run, insides[latest], steps[latest], rank)
     links.reverse()
-    kept = tuple(link for link in links if link.end_s > link.start_s)
+    kept = tuple(link for link in links if link.end_s - link.start_s > _NOTHING_S)
     return CriticalPath(kept, _shares(cluster, kept))
 
 
 def _done_s(run: Run, rank: int) -> float:
-    return max(run.done[rank][-1].end_s, run.drained_s[rank])
+    return max(run.done[rank][-1].end_s, run.drained_s(rank))
 
 
 def _back_from_end(

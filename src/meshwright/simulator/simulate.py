@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from meshwright.errors import InputError
 from meshwright.ir.program import Program, lower
@@ -55,6 +56,20 @@ class Simulated:
     ranks: tuple[RankUse, ...]
     phases: Mapping[str, tuple[float, float]]
     _kept: _Kept = field(repr=False, compare=False)
+
+    def document(self) -> dict[str, Any]:
+        """The step as a mapping of plain values, for JSON: seconds, and fractions from 0 to 1."""
+        path = self.critical_path
+        return {
+            "step_time_s": self.step_time_s,
+            "bubble_fraction": self.bubble_fraction,
+            "exposed_comm_s": dict(self.exposed_comm_s),
+            "critical_path": {"shares": [asdict(one) for one in path.shares], "words": list(path.words())},
+            "events": self.events,
+            "wall_s": self.wall_s,
+            "phases": {name: {"start_s": a, "end_s": b} for name, (a, b) in self.phases.items()},
+            "ranks": [asdict(use) for use in self.ranks],
+        }
 
     def timeline(self) -> Timeline:
         """Every event of the pipeline that ends last."""
@@ -159,7 +174,7 @@ def _simulated(kept: _Kept, began: float) -> Simulated:
         sum(inside.count(done) for done in all_done) + EVENTS_ONCE
         for run_, inside in zip(kept.runs, kept.insides, strict=True)
         for all_done in run_.done
-    )
+    ) + sum(len(windows) for run_ in kept.runs for windows in run_.data_s)
     return Simulated(
         step_time_s=step_time_s,
         bubble_fraction=_bubble(kept.runs),
@@ -180,7 +195,8 @@ def _bubble(runs: Sequence[Run]) -> float:
         start = min(done[0].start_s for done in one.done if done)
         total = one.total_s - start
         ranks = range(one.schedule.num_ranks)
-        shares.append(1 - sum(one.busy_s(rank) for rank in ranks) / (len(ranks) * total) if total else 0.0)
+        idle = 1 - sum(one.busy_s(rank) for rank in ranks) / (len(ranks) * total) if total else 0.0
+        shares.append(max(idle, 0.0))
     return sum(shares) / len(shares)
 
 
@@ -191,7 +207,7 @@ def _exposed(one: Run, inside: Inside, steps: Sequence[RankStep], end: Ending) -
     for done in one.done[rank]:
         for axis, seconds in exposed_of(done, inside).items():
             shown[axis] += seconds
-    over = max(one.drained_s[rank] - one.done[rank][-1].end_s, 0.0)
+    over = max(one.drained_s(rank) - one.done[rank][-1].end_s, 0.0)
     shown["dp"] += steps[rank].gather_s + over + end.reduced_s[rank] - end.started_s[rank]
     return shown
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from math import isfinite
 from typing import Any, Protocol, TextIO
 
 from rich import box
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meshwright.cost.memory import held_params, state_bytes
+from meshwright.deployment import Training
 from meshwright.ir.program import Program, lower
 from meshwright.plan import Plan
 from meshwright.terminal import PLAIN_WIDTH, printable
@@ -43,6 +45,8 @@ class RankRow(Protocol):
     def experts(self) -> tuple[int, int] | None: ...
     @property
     def weight_bytes(self) -> int: ...
+    @property
+    def device(self) -> str: ...
 
 
 class StepRow(Protocol):
@@ -135,7 +139,7 @@ class Screen:
         if self.bar is not None:
             with suppress(Exception):  # nothing that a bar does may hide the run's own error
                 self.bar.stop()
-        if self.last is not None and self.last.step == self.steps:
+        if self.last is not None and self.last.step == self.steps and isfinite(self.last.loss):
             relation = "below" if self.last.loss < self.entropy else "not below"
             self.console.print(
                 f"\nloss {self.last.loss:.4f} nats per token, {relation} the {self.entropy:.4f} of a guess "
@@ -150,6 +154,7 @@ class Screen:
         if self.changes:
             self.console.print("scaled down: " + "; ".join(printable(change) for change in self.changes))
         _show_defaults(plan.defaults, self.console)
+        self.console.print(_training_line(plan.training or Training(), plan.workload.optimizer))
         self.console.print()
 
 
@@ -162,6 +167,25 @@ def _show_defaults(defaults: Mapping[str, str], console: Console) -> None:
     if defaults:
         stated = "; ".join(f"{key} {printable(why)}" for key, why in defaults.items())
         console.print(f"defaults: {stated}")
+
+
+def _training_line(training: Training, optimizer: str) -> str:
+    """Every setting of the training, stated or not."""
+    rate = f"learning rate {training.learning_rate:g}"
+    if training.warmup_steps:
+        rate += f" after {training.warmup_steps:,} warm-up steps, then along a cosine to "
+        rate += f"{training.min_learning_rate:g}"
+    words = [f"{training.steps:,} steps of {optimizer}", rate, f"weight decay {training.weight_decay:g}"]
+    if optimizer == "adamw":
+        words.append(f"betas {training.beta1:g} and {training.beta2:g}, epsilon {training.epsilon:g}")
+    else:
+        words.append(f"momentum {training.momentum:g}")
+    words.append(
+        f"gradients clipped at {training.gradient_clip:g}" if training.gradient_clip else "no clipping"
+    )
+    data = "a corpus that Python brings along" if training.data is None else printable(training.data)
+    words.append(f"{training.documents} documents of {data}, tokenizer {printable(training.tokenizer)}")
+    return f"training: {', '.join(words)}, seed {training.seed}"
 
 
 def _step_line(step: StepRow) -> str:
@@ -204,9 +228,10 @@ def _weights_line(plan: Plan, ranks: Sequence[RankRow]) -> str:
     predicted = predicted_weights(plan)
     wrong = [r for r in ranks if r.weight_bytes != predicted[r.coordinates["pp"]]]
     largest = BYTES.format(max(r.weight_bytes for r in ranks))
+    where = f"{len(ranks)} ranks on {ranks[0].device}"
     if not wrong:
-        return f"weights: every rank holds what was predicted, at most {largest}"
-    return f"weights: {len(wrong)} of {len(ranks)} ranks hold other bytes than predicted"
+        return f"{where}; weights: every rank holds what was predicted, at most {largest}"
+    return f"{where}; weights: {len(wrong)} of {len(ranks)} ranks hold other bytes than predicted"
 
 
 def _layers(facts: RankRow) -> str:

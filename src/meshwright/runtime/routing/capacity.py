@@ -27,7 +27,9 @@ def ceil(value: float | Tensor) -> int | Tensor:
 
 def capacity(num_tokens: int | Tensor, top_k: int, num_experts: int, factor: float) -> int | Tensor:
     """Copies that one expert takes from this rank: ceil(T·k/E·factor) (megatron-core 0.16.1, moe_utils.py:
-    get_capacity). T is this rank's valid tokens."""
+    get_capacity). T is this rank's valid tokens. Beyond E a factor adds no place that a token could take, and
+    its product would leave int64."""
+    factor = min(factor, float(num_experts))
     tokens = num_tokens.double() if isinstance(num_tokens, Tensor) else num_tokens
     return ceil(tokens * top_k / num_experts * factor)
 
