@@ -14,7 +14,7 @@ WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help setup setup-light demo test check docs bench accuracy clean
+.PHONY: help setup setup-light demo test check docs bench accuracy parity clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -66,6 +66,7 @@ check: $(FULL)  ## lint, format, types, generated pages, docs
 	$(BIN)/python tools/file_reference.py --check
 	$(BIN)/python tools/brief_audit.py --check
 	$(BIN)/python tools/accuracy.py --check
+	$(BIN)/python tools/parity.py --check
 	$(BIN)/mkdocs build --strict --quiet
 	@find src -name '*.py' -exec wc -l {} + | awk '$$1 > 400 && $$2 != "total" {print "note: " $$2 " has " $$1 " lines"}'
 
@@ -79,9 +80,13 @@ bench: $(FULL)  ## how long the commands take to start, and how fast layouts are
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/simulation.py
 
 RUNS := benchmarks/accuracy/training_runs.csv
 CATALOG := src/meshwright/catalog
+
+parity: $(FULL)  ## train every layout of docs/parity.md against one process and write the page anew
+	$(BIN)/python tools/parity.py
 
 accuracy: $(FULL)  ## fit the constants to measured runs, score them with recipes held back, write docs/accuracy.md
 	$(BIN)/meshwright validate $(RUNS) --fit $(CATALOG)/constants.yaml --residuals $(CATALOG)/residuals.yaml

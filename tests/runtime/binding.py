@@ -20,7 +20,7 @@ from training_runs import made_once, stream_of, trainer_of
 from meshwright.ir.program import Program, lower
 from meshwright.ir.sharding import local_shape
 from meshwright.plan import Plan
-from meshwright.runtime.mesh import AXES
+from meshwright.runtime.mesh import AXES, REPLICA_AXES
 from meshwright.runtime.step import inputs_of, rows_of_rank
 from meshwright.runtime.watch import Watch
 
@@ -31,6 +31,9 @@ _CHOSEN = (
     _case("gated", "dp4 ep2", "z3", "bf16", "full"),
     _case("gated", "dp2 ep2", "z2", "fp16", "allgather"),
     _case("uneven", "dp4 ep2 etp2", "z1", "mb2"),
+    _case("gated", "dp4 ep2 dp_replicas2", "z1", "mb2"),
+    _case("gated", "dp4 ep2 dp_replicas2", "z3", "mb2"),
+    _case("tied", "pp2 dp4 ep2 dp_replicas2", "z3", "1F1B"),
     _case("dense", "tp2 dp2", "z1", "mb4", "nosp"),
     _case("dense", "tp4", "z1", "mb8", "nosp"),
     _case("dense", "tp2 dp2", "z3", "mb4", "nosp"),
@@ -120,6 +123,9 @@ def said_groups(plan: Plan, rank: int) -> dict[str, list[int]]:
     layout = plan.layout
     groups = {axis: layout.group_of(rank, axis, view) for axis, view in AXES if layout.size(axis) > 1}
     groups["world"] = list(range(layout.world_size))
+    if layout.dp_replicas > 1:
+        more = {axis: layout.group_of(rank, axis, view) for axis, view in REPLICA_AXES}
+        groups |= {axis: ranks for axis, ranks in more.items() if len(ranks) > 1}
     if layout.pp > 1 and rank in (ends := [groups["pp"][0], groups["pp"][-1]]):
         groups["embedding"] = ends
     if layout.tp > (heads := plan.model.kv_heads):

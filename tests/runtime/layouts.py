@@ -238,6 +238,10 @@ GIVEN = (
     _case("sigmoid", "dp4 ep4", "z2", "mb2"),
     _case("balanced", "dp4 ep2", "z1", "mb2"),
     _case("uneven", "dp4 ep4", "z3", "mb2", "allgather"),
+    # hybrid sharding: ZeRO within runs of neighbouring ranks
+    _case("gated", "dp4 ep2 dp_replicas2", "z1", "mb2"),
+    _case("plain", "dp4 dp_replicas2", "z3", "mb2"),
+    _case("tied", "pp2 dp4 ep2 dp_replicas2", "z3", "1F1B"),
     # tensor and sequence parallelism
     _case("gated", "tp2", "z0", "mb4"),
     _case("gated", "tp2 dp2 ep4", "z1", "mb4"),
