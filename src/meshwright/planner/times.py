@@ -150,16 +150,16 @@ def block_times(kernels: KernelTimes, prices: Prices, running: Running) -> Block
         parts: PhaseParts = {"compute": compute}
         for axis in AXES:
             parts[axis] = exposed(
-                comm_in_step(of_phase, axis, prices), compute, _hidden(axis, prices, running)
+                comm_in_step(of_phase, axis, prices), compute, hidden_share(axis, prices, running)
             )
         work = sum(parts.values()) - parts["ep"]
-        launching = _launching_s(of_phase, has_experts, prices, running)
+        launching = launch_wait_s(of_phase, has_experts, prices, running)
         parts["host"] = np.sqrt(np.sqrt(work**4 + launching**4)) - work
         times[phase] = parts
     return times
 
 
-def _launching_s(launches: PhaseParts, has_experts: bool, prices: Prices, running: Running) -> Array:
+def launch_wait_s(launches: PhaseParts, has_experts: bool, prices: Prices, running: Running) -> Array:
     """Seconds of launching the ops of a phase.
 
     Eagerly, every op of a block waits for the experts' sizes to come back to the host, unless they are fixed
@@ -197,7 +197,9 @@ def exposed(comm_s: Array, compute_s: Array, hidden: Array) -> Array:
     return comm_s - np.minimum(hidden * comm_s, compute_s)
 
 
-def _hidden(axis: str, prices: Prices, running: Running) -> Array:
+def hidden_share(axis: str, prices: Prices, running: Running) -> Array:
+    """The share of an axis' communication that may run beside compute, from 0 to 1: a fitted constant, for
+    experts only where the engine overlaps them."""
     if axis == "ep":
         return running.overlaps_experts * prices.constants.hidden["expert"].value
     return prices.hidden(_OVERLAPPED_AS[axis])

@@ -23,10 +23,10 @@ from meshwright.planner.times import (
     MICRO_BATCH_PHASES,
     KernelTimes,
     Running,
-    _hidden,
-    _launching_s,
     comm_in_step,
     compute_in_step,
+    hidden_share,
+    launch_wait_s,
     outside,
     price_collective,
     price_op,
@@ -88,8 +88,8 @@ def priced_phases(
             parts.append(part)
             seconds.append(price)
         axes = {part.axis for part in parts if part.axis is not None}
-        hidden = {axis: float(_hidden(axis, prices, running)) for axis in sorted(axes)}
-        launching_s = float(_launching_s(kernels[phase], has_experts, prices, replace(running, load=1.0)))
+        hidden = {axis: float(hidden_share(axis, prices, running)) for axis in sorted(axes)}
+        launching_s = float(launch_wait_s(kernels[phase], has_experts, prices, replace(running, load=1.0)))
         phases[phase] = PricedPhase(phase, tuple(parts), tuple(seconds), hidden, launching_s)
     return phases
 
