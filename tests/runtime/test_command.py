@@ -149,6 +149,17 @@ def test_torchrun_starts_the_ranks_and_only_the_first_prints(deployment: Path) -
     assert len(lines(result)) == 2
 
 
+def test_what_is_wrong_for_one_of_torchruns_ranks_is_said_by_all(deployment: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    wrong = ["--set", "training.data=nowhere.txt"]
+    command = [*launcher, "-m", "meshwright", "train", str(deployment), *wrong]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert said
+    assert all("training.data: 'nowhere.txt'" in line for line in said)
+    assert "a defect of meshwright" not in result.stderr
+
+
 def test_a_plan_is_scaled_down_to_the_ranks_of_this_machine(tmp_path: Path) -> None:
     example = Path(__file__).parents[2] / "examples" / "brief-repaired.yaml"
     result = run(example, "--scale-down", "--nproc", 2, "--steps", 1)

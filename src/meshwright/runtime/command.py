@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from meshwright.cluster import LOCAL_GPU
 from meshwright.deployment import Training
-from meshwright.errors import InputError
+from meshwright.errors import InputError, MeshwrightError
 from meshwright.plan import Plan
 from meshwright.runtime.data import DataStream, open_stream
 from meshwright.runtime.journal import Journal
@@ -64,7 +64,7 @@ def train_plan(
     if is_under_torchrun():
         if num_ranks is not None:
             raise InputError("--nproc", num_ranks, "torchrun has started the ranks already; leave it out")
-        run_joined(plan, device, lambda mesh: _rank(plan, mesh, _after_the_first(opened), run, audience))
+        run_joined(plan, device, lambda mesh: _rank(plan, mesh, _opened_by_all(opened, mesh), run, audience))
         return
     stream = opened()  # before the ranks start: they share what it has mapped
     count = _local_ranks(plan, num_ranks)
@@ -80,12 +80,21 @@ def _local_ranks(plan: Plan, asked: int | None) -> int:
     return plan.layout.world_size
 
 
-def _after_the_first(opened: Callable[[], DataStream]) -> DataStream:
-    """One rank of each machine makes the tokens; the others find them."""
+def _opened_by_all(opened: Callable[[], DataStream], mesh: Mesh) -> DataStream:
+    """One rank of each machine makes the tokens; the others find them. What is wrong with the data for one
+    is said by all: none is left waiting."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    stream = opened() if first else None
-    if dist.get_world_size() > 1:
-        dist.barrier()
+    stream, error = None, None
+    try:
+        stream = opened() if first else None
+    except MeshwrightError as found:
+        error = str(found)
+    errors = [error] * mesh.layout.world_size
+    if len(errors) > 1:
+        dist.all_gather_object(errors, error, group=mesh.group("coordination"))
+    wrong = next((message for message in errors if message is not None), None)
+    if wrong is not None:
+        raise MeshwrightError(wrong)
     return stream or opened()
 
 
