@@ -227,8 +227,9 @@ def simulate(
         typer.Option(metavar="RATE", help="Between failures of the job, 8 h, or a published rate's name."),
     ] = None,
     checkpoint: Annotated[
-        str, typer.Option(metavar="TIME", help="For which a checkpoint stops training.")
-    ] = "30 s",
+        str | None,
+        typer.Option(metavar="TIME", help="For which a checkpoint stops training; 30 s unless given."),
+    ] = None,
     trace: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write the events there, for Perfetto (.json.gz).")
     ] = None,

@@ -118,3 +118,22 @@ def _as_set(name: EngineName, settings: EngineSettings) -> Engine:
     if settings.recompute_modules is not None:
         changed["selective"] = Fact[tuple[str, ...]](value=settings.recompute_modules, source=stated)
     return engine.model_copy(update=changed) if changed else engine
+
+
+_SETTING_FACTS = {
+    "gradients": "gradient_bytes",
+    "moments": "moment_bytes",
+    "loss": "loss",
+    "recompute_modules": "selective",
+}
+"""The engine's fact that each setting changes."""
+
+
+def unknown_settings(name: EngineName, settings: EngineSettings) -> dict[str, str]:
+    """Settings that an engine does not have, each with what it does instead; those that state what it does
+    anyway are known. The native engine has none."""
+    if name != "native" or settings == EngineSettings():
+        return {}
+    usual, asked = engine_named(name), _as_set(name, settings)
+    pairs = {key: (getattr(usual, fact), getattr(asked, fact)) for key, fact in _SETTING_FACTS.items()}
+    return {key: does.source for key, (does, stated) in pairs.items() if stated.value != does.value}

@@ -33,6 +33,8 @@ from meshwright.workload import RoutingCounts
 
 Progress = Callable[[str, int, int], None]
 MOST_SAMPLES = 10_000
+USUAL_CHECKPOINT = "30 s"
+"""For which saving stops training, unless told otherwise; printed with what it leads to."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Asked:
     schedules: bool = False
     place_experts: bool = False
     failures: str | None = None
-    checkpoint: str = "30 s"
+    checkpoint: str | None = None
     trace: str | None = None
     svg: str | None = None
 
@@ -172,6 +174,9 @@ def _check(asked: Asked) -> None:
         if asked.samples is None:
             rule = "how much slower ranks are is drawn: say how many draws"
             raise InputError("--samples", "missing", rule, ["--samples 100"])
+    if asked.checkpoint is not None and asked.failures is None:
+        rule = "how long a checkpoint stops training matters where something fails: say how often"
+        raise InputError("--failures", "missing", rule, ["--failures '8 h'"])
 
 
 def _lengths(asked: Asked, plan: Plan) -> Sequence[int]:
@@ -263,7 +268,7 @@ def _failures(asked: Asked, plan: Plan, step_s: float) -> tuple[Reliability | No
         rate = failure_rate(num_gpus, mtbf_s=_seconds("--failures", asked.failures))
     else:
         rate = failure_rate(num_gpus, preset=asked.failures)
-    save = checkpoint_of(stall_s=_seconds("--checkpoint", asked.checkpoint))
+    save = checkpoint_of(stall_s=_seconds("--checkpoint", asked.checkpoint or USUAL_CHECKPOINT))
     recovery = Recovery(restart_s=typical.recovery.value)
     spares = spare_nodes(
         rate,

@@ -123,8 +123,6 @@ def _num_ranks(asked: Asked, plan: Plan) -> int | None:
 
 
 def _check(asked: Asked) -> None:
-    if asked.device not in ("auto", "cpu", "cuda"):
-        raise InputError("--device", asked.device, "where the ranks compute", ["auto", "cpu", "cuda"])
     for flag, value in (("--nproc", asked.nproc), ("--steps", asked.steps), ("--keep", asked.keep)):
         if value is not None and value < 1:
             raise InputError(flag, value, "at least 1", [1])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from meshwright.cluster import Cluster
-from meshwright.engines import Engine, engine_named
+from meshwright.engines import Engine, engine_named, unknown_settings
 from meshwright.errors import InputError
 from meshwright.ir.schedule import require_buildable
 from meshwright.layout import Layout, divisors, nearest_divisors, nearest_to
@@ -186,10 +186,17 @@ def engine_findings(model: Model, workload: Workload, layout: Layout, policy: Po
     if model.is_mla and not engine.latent_attention:
         others = ("megatron", "torchtitan")
         yield Finding("policy.engine", policy.engine, "does not run multi-head latent attention", others)
+    yield from _settings_findings(policy)
     yield from _combination_findings(model, layout, policy, engine)
     if policy.expert_overlap and model.is_moe and layout.ep > 1:
         yield from _overlap_findings(workload, layout, policy, engine)
     yield from _schedule_findings(workload, layout, policy)
+
+
+def _settings_findings(policy: Policy) -> Iterator[Finding]:
+    for name, why in unknown_settings(policy.engine, policy.settings).items():
+        rule = f"the {policy.engine} engine cannot be set so: {why}"
+        yield Finding(f"policy.settings.{name}", getattr(policy.settings, name), rule, ("leave it out",))
 
 
 def _combination_findings(model: Model, layout: Layout, policy: Policy, engine: Engine) -> Iterator[Finding]:

@@ -176,6 +176,10 @@ BAD_INPUT = {
         ("--set", "policy.engine=megatron"),
         "policy.engine: 'megatron': meshwright trains with its own",
     ),
+    "a setting of others": (
+        ("--set", "policy.settings.moments=bf16"),
+        "policy.settings.moments: 'bf16': the native engine cannot be set so: torch.optim.AdamW keeps",
+    ),
     "fp8": (("--set", "workload.precision=fp8"), "workload.precision: 'fp8'"),
     "context": (("--set", "layout.cp=2", "--set", "layout.dp=1"), "layout.cp: 2"),
     "nothing to resume": (("--resume",), "--output: 'missing': --resume needs the run's folder"),

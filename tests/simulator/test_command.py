@@ -95,6 +95,7 @@ REFUSED = {
     "nothing to place by": (("--place-experts",), "--place-experts: 'balanced'"),
     "draws": (("--samples", "0"), "--samples: 0: between 1 and 10,000 draws"),
     "stragglers without draws": (("--stragglers", "0.1"), "--samples: 'missing'"),
+    "checkpoints without failures": (("--checkpoint", "1 min"), "--failures: 'missing'"),
     "a rate": (("--failures", "llama"), "preset: 'llama'"),
     "a time": (("--failures", "8 parsecs"), "--failures: '8 parsecs'"),
     "a length": (("--lengths", "64"), "--lengths: 64"),

@@ -17,13 +17,20 @@ import numpy as np
 
 from meshwright.cluster import Cluster
 from meshwright.deployment import Deployment
-from meshwright.engines import Engine, engine_named
+from meshwright.engines import Engine, engine_named, unknown_settings
 from meshwright.errors import InputError
 from meshwright.ir.schedule import require_buildable
 from meshwright.layout import Layout, divisors
 from meshwright.plan import default_engine, split_layers
 from meshwright.planner.space import Bases, Choice, Pipeline, Space
-from meshwright.policy import CHUNKED_SCHEDULES, V_SCHEDULES, EngineName, Recompute, ScheduleName
+from meshwright.policy import (
+    CHUNKED_SCHEDULES,
+    V_SCHEDULES,
+    EngineName,
+    EngineSettings,
+    Recompute,
+    ScheduleName,
+)
 from meshwright.verify import empty_ends
 
 Array = Any
@@ -73,6 +80,8 @@ class _Draft:
     def engine_runs(self) -> bool:
         """Whether the engine and the GPU run the model and its number type at all."""
         precision = self.workload.precision
+        asked = self.policy.settings or EngineSettings()
+        unknown = next(iter(unknown_settings(self.engine_name, asked)), None)
         for rule, holds in (
             (f"{self.cluster.gpu.name} has no peak for {precision}", precision in self.cluster.gpu.peak),
             (f"the {self.engine_name} engine does not run {precision}", precision in self.engine.precisions),
@@ -80,6 +89,7 @@ class _Draft:
                 f"the {self.engine_name} engine does not run multi-head latent attention",
                 self.engine.latent_attention or not self.model.is_mla,
             ),
+            (f"the {self.engine_name} engine has no policy.settings.{unknown}", unknown is None),
         ):
             if not holds:
                 self.refused[rule] += 1
