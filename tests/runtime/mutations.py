@@ -15,7 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from meshwright.runtime import build, moe, store
 from meshwright.runtime.buckets import Bucket
-from meshwright.runtime.store import Partial, Store
+from meshwright.runtime.shares import Partial
+from meshwright.runtime.store import Store
 
 
 def _after(owner: type, name: str, more: Callable[..., None]) -> None:

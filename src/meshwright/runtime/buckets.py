@@ -9,7 +9,6 @@ the step's one reduction.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,14 +16,7 @@ from torch import Tensor
 
 from meshwright.runtime.collectives import all_gather_single, reduce_scatter_single
 from meshwright.runtime.mesh import Mesh
-from meshwright.runtime.shares import Held, Share
-
-
-@dataclass(frozen=True)
-class _Member:
-    held: Held
-    start: int
-    stop: int
+from meshwright.runtime.shares import Held, Partial, Placed, Share, add_up_runs, end_to_end
 
 
 class Bucket:
@@ -41,31 +33,16 @@ class Bucket:
         mesh: Mesh,
         kind: torch.dtype,
         divided: bool,
-        partial: Sequence[tuple[str, frozenset[str]]],
+        partial: Partial,
     ) -> None:
         self.axis, self.mesh = axis, mesh
         self.group, self.replicas = mesh.group(axis), mesh.group(axis.replace("shard", "replica"))
         if "shard" not in axis:
             self.replicas = None
         self.divided = divided and self.group is not None
-        self.partial_runs: list[tuple[str, int, int]] = []
-        self.members = list(self._placed(held, partial))
+        self.members, self.partial_runs = end_to_end(held, partial, lambda one: one.tensor.numel())
         self._allocate(kind)
         self.shares = list(self._shares())
-
-    def _placed(
-        self, held: Sequence[Held], partial: Sequence[tuple[str, frozenset[str]]]
-    ) -> Iterator[_Member]:
-        place = 0
-        named = {name for _, names in partial for name in names}
-        for axis, names in (*partial, ("", frozenset(h.name for h in held) - named)):
-            first = place
-            for one in held:
-                if one.name in names:
-                    yield _Member(one, place, place + one.tensor.numel())
-                    place += one.tensor.numel()
-            if axis and place > first:
-                self.partial_runs.append((axis, first, place))
 
     def _allocate(self, kind: torch.dtype) -> None:
         """Weights of the compute type and FP32 gradients; parameters become views of them. The buffer ends at
@@ -105,12 +82,9 @@ class Bucket:
 
     def add_partial_sums(self) -> None:
         """Add up what the ranks of tp, or of etp, each hold a part of."""
-        for axis, first, last in self.partial_runs:
-            group = self.mesh.group(axis)
-            if group is not None:
-                dist.all_reduce(self.gradients[first:last], group=group)
+        add_up_runs(self.gradients, self.partial_runs, self.mesh)
 
-    def _place(self, member: _Member) -> Tensor:
+    def _place(self, member: Placed) -> Tensor:
         return self.gradients[member.start : member.stop].view(member.held.tensor.shape)
 
     def clear(self) -> None:

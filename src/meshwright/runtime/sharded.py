@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -19,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from meshwright.runtime.mesh import Mesh
 from meshwright.runtime.model import Layer, Stage
-from meshwright.runtime.shares import Held, Share
+from meshwright.runtime.shares import Held, Partial, Share, add_up_runs, end_to_end
 
 
 def shard_stage(stage: Stage, mesh: Mesh, kind: torch.dtype) -> None:
@@ -93,29 +92,16 @@ class _Piece:
 class Sharded:
     """The parameters of one data axis under FSDP2: it has reduced their gradients when backward is done."""
 
-    def __init__(
-        self, held: Sequence[Held], axis: str, mesh: Mesh, partial: Sequence[tuple[str, frozenset[str]]]
-    ) -> None:
+    def __init__(self, held: Sequence[Held], axis: str, mesh: Mesh, partial: Partial) -> None:
         self.mesh, self.axis = mesh, axis
-        self.partial_runs: list[tuple[str, int, int]] = []
-        self.pieces = list(self._placed(held, partial))
+        placed, self.partial_runs = end_to_end(held, partial, lambda one: _local(one.tensor).numel())
+        self.pieces = [
+            _Piece(one.held, _local(one.held.tensor), _first_row(one.held.tensor), one.start, one.stop)
+            for one in placed
+        ]
         size = max((piece.stop for piece in self.pieces), default=0)
         self.gradients = torch.zeros(size, dtype=torch.float32, device=mesh.device)
         self.shares = list(self._shares())
-
-    def _placed(
-        self, held: Sequence[Held], partial: Sequence[tuple[str, frozenset[str]]]
-    ) -> Iterator[_Piece]:
-        place = 0
-        named = {name for _, names in partial for name in names}
-        for axis, names in (*partial, ("", frozenset(h.name for h in held) - named)):
-            first = place
-            for one in (h for h in held if h.name in names):
-                local = _local(one.tensor)
-                yield _Piece(one, local, _first_row(one.tensor), place, place + local.numel())
-                place += local.numel()
-            if axis and place > first:
-                self.partial_runs.append((axis, first, place))
 
     def _shares(self) -> Iterator[Share]:
         for piece in self.pieces:
@@ -147,10 +133,7 @@ class Sharded:
 
     def add_partial_sums(self) -> None:
         """Add up what the ranks of tp, or of etp, each hold a part of."""
-        for axis, first, last in self.partial_runs:
-            group = self.mesh.group(axis)
-            if group is not None:
-                dist.all_reduce(self.gradients[first:last], group=group)
+        add_up_runs(self.gradients, self.partial_runs, self.mesh)
 
     def reduce(self) -> None:
         """FSDP2 did so in backward."""

@@ -6,11 +6,12 @@ alone, in FP32; without ZeRO all of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshwright.ir.parameters import Param
@@ -18,6 +19,9 @@ from meshwright.ir.program import StageProgram
 from meshwright.ir.sharding import LocalSlice, local_shape, local_slice
 from meshwright.layout import Layout
 from meshwright.runtime.mesh import Mesh
+
+Partial = Sequence[tuple[str, frozenset[str]]]
+"""Axes along which ranks hold partial sums of gradients, each with the parameters' names."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,51 @@ class Share:
     stop: int
     master: Tensor
     gradient: Tensor
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a held parameter's gradient lies in a store's flat buffer: elements [start, stop)."""
+
+    held: Held
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class PartialRun:
+    """Elements [start, stop) of a flat buffer that are partial sums over an axis."""
+
+    axis: str
+    start: int
+    stop: int
+
+
+def end_to_end(
+    held: Sequence[Held], partial: Partial, size: Callable[[Held], int]
+) -> tuple[list[Placed], list[PartialRun]]:
+    """Places in one buffer, of `size` elements each. Partial sums over the same axis stand side by side,
+    before all else, so that each such sum is one call."""
+    placed: list[Placed] = []
+    runs: list[PartialRun] = []
+    place = 0
+    named = {name for _, names in partial for name in names}
+    for axis, names in (*partial, ("", frozenset(h.name for h in held) - named)):
+        first = place
+        for one in (h for h in held if h.name in names):
+            placed.append(Placed(one, place, place + size(one)))
+            place = placed[-1].stop
+        if axis and place > first:
+            runs.append(PartialRun(axis, first, place))
+    return placed, runs
+
+
+def add_up_runs(gradients: Tensor, runs: Iterable[PartialRun], mesh: Mesh) -> None:
+    """Add up, in place, what the ranks of tp, or of etp, each hold a part of."""
+    for run in runs:
+        group = mesh.group(run.axis)
+        if group is not None:
+            dist.all_reduce(gradients[run.start : run.stop], group=group)
 
 
 class Part(Protocol):

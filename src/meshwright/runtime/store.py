@@ -12,10 +12,7 @@ from meshwright.ir.sharding import zero_axes
 from meshwright.runtime.buckets import Bucket
 from meshwright.runtime.mesh import Mesh
 from meshwright.runtime.sharded import Sharded
-from meshwright.runtime.shares import Held, Part, Share
-
-Partial = list[tuple[str, frozenset[str]]]
-"""Axes along which ranks hold partial sums of gradients, each with the parameters' names."""
+from meshwright.runtime.shares import Held, Part, Partial, Share
 
 
 class Store:
