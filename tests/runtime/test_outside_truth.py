@@ -17,8 +17,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from meshwright.runtime.build import values_of  # noqa: E402
+from meshwright.runtime.data import IGNORED  # noqa: E402
 from meshwright.runtime.hugging_face import from_hugging_face  # noqa: E402
-from meshwright.runtime.layers import IGNORED, rms_norm  # noqa: E402
+from meshwright.runtime.layers import rms_norm  # noqa: E402
 from meshwright.runtime.mesh import single_process  # noqa: E402
 from meshwright.runtime.model import Stage  # noqa: E402
 from meshwright.runtime.step import Trainer  # noqa: E402

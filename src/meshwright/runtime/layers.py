@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from meshwright.model import Activation, Model
 from meshwright.runtime.collectives import all_reduce, sum_both
+from meshwright.runtime.data import IGNORED
 from meshwright.runtime.region import Setting
 from meshwright.runtime.selective import remade
 
@@ -196,10 +197,6 @@ class Positions(nn.Module):
     def forward(self, x_SBH: Tensor, positions_SB: Tensor) -> Tensor:
         """Adds to the rank's share of the tokens."""
         return x_SBH + F.embedding(self.setting.own_tokens(positions_SB), self.weight)
-
-
-IGNORED = -100
-"""The target of a token whose successor is not known."""
 
 
 def cross_entropy_sum(logits_TV: Tensor, targets_T: Tensor, setting: Setting) -> Tensor:
