@@ -1,8 +1,8 @@
 """Modules that hold a rank's share of the parameters, under the names that the graph gives them.
 
 Shape letters: S tokens of a sequence, B sequences of a micro-batch, H hidden, F a rank's share of a
-feed-forward width, V its share of the vocabulary. A module allocates what `ir/sharding.py` says its rank
-holds; values come later (`initial.py`, a checkpoint or another model's weights).
+feed-forward width. A module allocates what `ir/sharding.py` says its rank holds; values come later
+(`initial.py`, a checkpoint or another model's weights).
 """
 
 from __future__ import annotations
@@ -10,14 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from meshwright.model import Activation, Model
-from meshwright.runtime.collectives import all_reduce, sum_both
-from meshwright.runtime.data import IGNORED
+from meshwright.runtime.collectives import sum_both
 from meshwright.runtime.region import Setting
 from meshwright.runtime.selective import remade
 
@@ -197,50 +194,3 @@ class Positions(nn.Module):
     def forward(self, x_SBH: Tensor, positions_SB: Tensor) -> Tensor:
         """Adds to the rank's share of the tokens."""
         return x_SBH + F.embedding(self.setting.own_tokens(positions_SB), self.weight)
-
-
-def cross_entropy_sum(logits_TV: Tensor, targets_T: Tensor, setting: Setting) -> Tensor:
-    """Sum over tokens of −log softmax(logits)[target], in FP32; ignored targets add nothing.
-
-    The vocabulary is divided over tp: three all-reduces of one number per token, the maximum, the target's
-    logit and the sum of exponentials (Megatron-LM `tensor_parallel/cross_entropy.py`).
-    """
-    logits_TV = logits_TV.float()
-    group = setting.mesh.group("tp")
-    if group is None:
-        return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
-    first = setting.mesh.position("tp") * logits_TV.shape[-1]
-    real = min(logits_TV.shape[-1], max(0, setting.model.vocab_size - first))
-    return _VocabularyLoss.apply(logits_TV, targets_T, group, first, real)
-
-
-class _VocabularyLoss(torch.autograd.Function):
-    """Keeps the probabilities alone; their gradient is p − [target]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits_TV: Tensor, targets_T: Tensor, group: ProcessGroup, first: int, real: int
-    ) -> Tensor:
-        logits_TV = logits_TV.clone()
-        logits_TV[:, real:] = float("-inf")  # rows that only pad the table
-        most_T = all_reduce(logits_TV.amax(-1), group, dist.ReduceOp.MAX)
-        logits_TV -= most_T.unsqueeze(-1)
-        local_T = targets_T - first
-        here_T = (local_T >= 0) & (local_T < real)
-        local_T = local_T.masked_fill(~here_T, 0)
-        own_T = logits_TV.gather(-1, local_T.unsqueeze(-1)).squeeze(-1).masked_fill(~here_T, 0.0)
-        target_T = all_reduce(own_T, group)
-        exp_TV = logits_TV.exp_()
-        sum_T = all_reduce(exp_TV.sum(-1), group)
-        counted_T = targets_T != IGNORED
-        exp_TV /= sum_T.unsqueeze(-1)
-        ctx.save_for_backward(exp_TV, local_T, here_T, counted_T)
-        return ((sum_T.log() - target_T) * counted_T).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        probabilities_TV, local_T, here_T, counted_T = ctx.saved_tensors
-        grad_TV = probabilities_TV.clone()
-        grad_TV.scatter_add_(-1, local_T.unsqueeze(-1), -here_T.to(grad_TV.dtype).unsqueeze(-1))
-        grad_TV *= (counted_T * grads[0]).unsqueeze(-1)
-        return grad_TV, None, None, None, None

@@ -13,14 +13,8 @@ from torch import Tensor, nn
 
 from meshwright.runtime.again import run_again
 from meshwright.runtime.attention import Attention, Tokens
-from meshwright.runtime.layers import (
-    Embedding,
-    FeedForward,
-    Linear,
-    Norm,
-    Positions,
-    cross_entropy_sum,
-)
+from meshwright.runtime.layers import Embedding, FeedForward, Linear, Norm, Positions
+from meshwright.runtime.loss import cross_entropy_sum
 from meshwright.runtime.moe import MoE
 from meshwright.runtime.region import Setting
 from meshwright.runtime.selective import remaking
