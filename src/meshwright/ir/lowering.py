@@ -28,7 +28,7 @@ from meshwright.ir.graph import (
 )
 from meshwright.ir.parameters import Param
 from meshwright.ir.recompute import kept_tensors, repeated_ops
-from meshwright.ir.sharding import AxisSizes, local_numel, zero_axes, zero_degree
+from meshwright.ir.sharding import AxisSizes, local_numel, replica_axis, zero_axes, zero_degree
 from meshwright.ir.tasks import PHASES, CommTask, ComputeTask, Phase, Task
 from meshwright.policy import Recompute
 
@@ -229,6 +229,6 @@ def gradient_reductions(
             yield CommTask(f"{block}.reduce_{name}", "weight_gradient", kind, axis, ranks, size)
         replicas = sizes.size("dp_replica")
         if mine and replicas > 1:
-            over = axis.replace("shard", "replica")
-            share, kind = -(-size // ranks), CollectiveKind.ALL_REDUCE
+            over, share = replica_axis(axis), -(-size // ranks)
+            kind = CollectiveKind.ALL_REDUCE
             yield CommTask(f"{block}.add_{name}", "weight_gradient", kind, over, replicas, share)

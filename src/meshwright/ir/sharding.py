@@ -88,6 +88,12 @@ def zero_axes(layout: AxisSizes) -> tuple[str, str]:
     return ("dp_cp", "edp") if layout.size("dp_replica") == 1 else ("dp_shard", "edp_shard")
 
 
+def replica_axis(axis: str) -> str:
+    """The axis of the ranks that hold the same share, given one of `zero_axes`; it has one rank where that is
+    a whole data axis."""
+    return "edp_replica" if axis in ("edp", "edp_shard") else "dp_replica"
+
+
 def copies(param: Param, layout: Layout) -> int:
     """How many ranks of a stage hold each element of a parameter (before ZeRO)."""
     stage_ranks = layout.world_size // layout.pp

@@ -10,7 +10,7 @@ from meshwright.ir.elementwise import is_everywhere_nothing, is_one
 from meshwright.ir.graph import CollectiveKind
 from meshwright.ir.holding import Holding
 from meshwright.ir.parameters import embedding_parameters
-from meshwright.ir.sharding import AxisSizes, local_numel, zero_axes
+from meshwright.ir.sharding import AxisSizes, local_numel, replica_axis, zero_axes
 from meshwright.ir.tasks import CommTask, Phase
 from meshwright.model import Model
 from meshwright.plan import Plan
@@ -141,7 +141,7 @@ def _data_parallel(facts: StepFacts, held: Holding) -> Iterator[CommTask]:
             if not is_one(ranks):
                 yield CommTask(f"gradients.{name}", "step", kind, axis, ranks, size)
             if replicas > 1:
-                over, share = axis.replace("shard", "replica"), -(-size // ranks)
+                over, share = replica_axis(axis), -(-size // ranks)
                 kind = CollectiveKind.ALL_REDUCE
                 yield CommTask(f"gradients.{name}_replicas", "step", kind, over, replicas, share)
         if is_one(ranks):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from meshwright.ir.sharding import replica_axis
 from meshwright.runtime.collectives import all_gather_single, reduce_scatter_single
 from meshwright.runtime.mesh import Mesh
 from meshwright.runtime.shares import Held, Partial, Placed, Share, add_up_runs, end_to_end
@@ -36,9 +37,8 @@ class Bucket:
         partial: Partial,
     ) -> None:
         self.axis, self.mesh = axis, mesh
-        self.group, self.replicas = mesh.group(axis), mesh.group(axis.replace("shard", "replica"))
-        if "shard" not in axis:
-            self.replicas = None
+        self.group = mesh.group(axis)
+        self.replicas = mesh.group(replica_axis(axis)) if divided else None
         self.divided = divided and self.group is not None
         self.members, self.partial_runs = end_to_end(held, partial, lambda one: one.tensor.numel())
         self._allocate(kind)

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshwright.ir.sharding import zero_axes
 from meshwright.layout import Layout, View
 
 AXES: tuple[tuple[str, View], ...] = (
@@ -62,10 +61,6 @@ class Mesh:
     def group(self, axis: str) -> ProcessGroup | None:
         """The group of an axis; None where it has one rank."""
         return self.groups.get(axis)
-
-    def zero_axis(self, experts: bool) -> str:
-        """The axis over which ZeRO divides dense parameters, or experts."""
-        return zero_axes(self.layout)[experts]
 
     def device_mesh(self, *axes: str) -> DeviceMesh:
         """An axis as a DeviceMesh, or two of which the second one's ranks are neighbours; for what of PyTorch

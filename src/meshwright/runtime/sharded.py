@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from meshwright.ir.sharding import replica_axis, zero_axes
 from meshwright.runtime.mesh import Mesh
 from meshwright.runtime.model import Layer, Stage
 from meshwright.runtime.shares import Held, Partial, Share, add_up_runs, end_to_end
@@ -32,7 +33,7 @@ def shard_stage(stage: Stage, mesh: Mesh, kind: torch.dtype) -> None:
     else:
         policy = MixedPrecisionPolicy(kind, torch.float32, cast_forward_inputs=False)
     experts = {parameter for one in _experts(stage) for parameter in one.parameters()}
-    over_dp, over_edp = _data_mesh(mesh, "dp"), _data_mesh(mesh, "edp")
+    over_dp, over_edp = (_data_mesh(mesh, axis) for axis in zero_axes(mesh.layout))
     if over_edp is not None:
         for one in _experts(stage):
             fully_shard(one, mesh=over_edp, mp_policy=policy)
@@ -51,14 +52,14 @@ def shard_stage(stage: Stage, mesh: Mesh, kind: torch.dtype) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _data_mesh(mesh: Mesh, prefix: str) -> DeviceMesh | None:
-    """The ranks over which FSDP2 divides, with replicas in a dim of its own; None for one rank, or where one
-    rank is left to divide over."""
-    shard, replica = f"{prefix}_shard", f"{prefix}_replica"
+def _data_mesh(mesh: Mesh, axis: str) -> DeviceMesh | None:
+    """The ranks over which FSDP2 divides, with replicas in a dim of their own; None where one rank is left to
+    divide over."""
+    if mesh.group(axis) is None:
+        return None
     if mesh.layout.dp_replicas == 1:
-        axis = mesh.zero_axis(experts=prefix == "edp")
-        return None if mesh.group(axis) is None else mesh.device_mesh(axis)
-    return None if mesh.group(shard) is None else mesh.device_mesh(replica, shard)
+        return mesh.device_mesh(axis)
+    return mesh.device_mesh(replica_axis(axis), axis)
 
 
 def _experts(stage: Stage) -> list[nn.Module]:
