@@ -12,7 +12,7 @@ from meshwright.ir.sharding import zero_axes
 from meshwright.plan import Plan
 from meshwright.runtime.initial import initial_values
 from meshwright.runtime.mesh import Mesh
-from meshwright.runtime.model import Layer, Stage
+from meshwright.runtime.model import Stage
 from meshwright.runtime.pipeline import COMPUTE_TYPES, Pipeline
 from meshwright.runtime.region import Setting
 from meshwright.runtime.sharded import rebound, shard_stage
@@ -35,12 +35,11 @@ def values_of(weights: Mapping[str, Tensor]) -> Values:
 def load_biases(stages: Iterable[Stage], weights: Mapping[str, Tensor]) -> None:
     """Take correction biases, which are no parameters, from another model's state."""
     for stage in stages:
-        for layer in stage.layers.values():
-            if isinstance(layer, Layer) and layer.moe is not None:
-                bias = layer.moe.router.correction_bias
-                name = f"layers.{layer.moe.layer}.moe.router.correction_bias"
-                if bias is not None and name in weights:
-                    bias.copy_(weights[name])
+        for moe in stage.moe_layers():
+            bias = moe.router.correction_bias
+            name = f"layers.{moe.layer}.moe.router.correction_bias"
+            if bias is not None and name in weights:
+                bias.copy_(weights[name])
 
 
 @dataclass(frozen=True)

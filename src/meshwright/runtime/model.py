@@ -7,6 +7,8 @@ sequence parallelism is on.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,6 +112,12 @@ class Stage(nn.Module):
         for layer in self.layers.values():
             x = layer(x, tokens)
         return self._logits_TV(x).unflatten(0, tokens.positions_SB.shape)
+
+    def moe_layers(self) -> Iterator[MoE]:
+        """The expert layers of this stage, in order; each knows its number in the model."""
+        for layer in self.layers.values():
+            if isinstance(layer, Layer) and layer.moe is not None:
+                yield layer.moe
 
     def _tokens(self, x: Tensor, positions: Tensor | None, documents: Tensor | None) -> Tokens:
         if positions is None:

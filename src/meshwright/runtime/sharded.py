@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from meshwright.ir.sharding import replica_axis, zero_axes
 from meshwright.runtime.mesh import Mesh
-from meshwright.runtime.model import Layer, Stage
+from meshwright.runtime.model import Stage
 from meshwright.runtime.shares import Held, Partial, Share, add_up_runs, end_to_end
 
 
@@ -63,8 +63,7 @@ def _data_mesh(mesh: Mesh, axis: str) -> DeviceMesh | None:
 
 
 def _experts(stage: Stage) -> list[nn.Module]:
-    layers = [layer for layer in stage.layers.values() if isinstance(layer, Layer)]
-    return [layer.moe.experts for layer in layers if layer.moe is not None]
+    return [moe.experts for moe in stage.moe_layers()]
 
 
 def _blocks(stage: Stage) -> Iterator[nn.Module | list[nn.Module]]:

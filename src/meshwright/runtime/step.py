@@ -15,7 +15,6 @@ from meshwright.runtime.build import Replica, Values, build
 from meshwright.runtime.collectives import all_reduce
 from meshwright.runtime.data import IGNORED, Batch
 from meshwright.runtime.mesh import Mesh
-from meshwright.runtime.model import Layer
 from meshwright.runtime.moe import MoE
 from meshwright.runtime.optim import Optimizer, Outcome, Scaler
 from meshwright.runtime.routing import updated_bias
@@ -70,9 +69,8 @@ class Trainer:
     def moe_layers(self) -> Iterator[tuple[int, MoE]]:
         """The expert layers that this rank holds, by their number in the model."""
         for stage in self.replica.stages.values():
-            for layer in stage.layers.values():
-                if isinstance(layer, Layer) and layer.moe is not None:
-                    yield layer.moe.layer, layer.moe
+            for moe in stage.moe_layers():
+                yield moe.layer, moe
 
     def _set_scales(self, targets: Tensor) -> None:
         """What each loss is worth: means over the whole batch, whatever the layout."""
