@@ -16,7 +16,7 @@ from meshwright.verify import require_valid
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from meshwright.runtime.build import values_of  # noqa: E402
+from meshwright.runtime.build import load_biases, values_of  # noqa: E402
 from meshwright.runtime.data import IGNORED  # noqa: E402
 from meshwright.runtime.hugging_face import from_hugging_face  # noqa: E402
 from meshwright.runtime.layers import rms_norm  # noqa: E402
@@ -136,9 +136,7 @@ def trainer_of(model: Model, theirs: Any, taken_for: Model | None = None, **sett
     weights = from_hugging_face(model, theirs.state_dict())
     plan = plan_of(taken_for or model, **settings)
     trainer = Trainer(plan, single_process(torch.device("cpu")), values_of(weights))
-    for name, values in weights.items():
-        if name.endswith(".correction_bias"):  # no parameter, but a part of the weights
-            stage_of(trainer).get_buffer(name).copy_(values)
+    load_biases([stage_of(trainer)], weights)
     return trainer
 
 
