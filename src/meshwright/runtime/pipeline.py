@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import pipelining
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+from torch.distributed.pipelining import PipelineStage, schedules
 
 from meshwright.plan import Plan
 from meshwright.policy import ScheduleName
@@ -24,16 +22,16 @@ from meshwright.runtime.mesh import Mesh
 COMPUTE_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Types of weights and activations, by the workload's precision."""
 
-SCHEDULE_CLASSES: Mapping[ScheduleName, str] = {
-    "GPipe": "ScheduleGPipe",
-    "1F1B": "Schedule1F1B",
-    "Interleaved1F1B": "ScheduleInterleaved1F1B",
-    "InterleavedZeroBubble": "ScheduleInterleavedZeroBubble",
-    "ZBVZeroBubble": "ScheduleZBVZeroBubble",
-    "DualPipeV": "ScheduleDualPipeV",
+SCHEDULE_CLASSES: Mapping[ScheduleName, Any] = {
+    "GPipe": schedules.ScheduleGPipe,
+    "1F1B": schedules.Schedule1F1B,
+    "Interleaved1F1B": schedules.ScheduleInterleaved1F1B,
+    "InterleavedZeroBubble": schedules.ScheduleInterleavedZeroBubble,
+    "ZBVZeroBubble": schedules.ScheduleZBVZeroBubble,
+    "DualPipeV": schedules.ScheduleDualPipeV,
 }
 
-Schedule = PipelineScheduleSingle | PipelineScheduleMulti
+Schedule = schedules.PipelineScheduleSingle | schedules.PipelineScheduleMulti
 
 
 class Pipeline:
@@ -88,10 +86,8 @@ class Pipeline:
     def _build(self, length: int) -> Schedule:
         plan = self.plan
         made = [self._stage(index, module, length) for index, module in self.stages.items()]
-        kind = getattr(pipelining, SCHEDULE_CLASSES[plan.policy.schedule], None)
-        if kind is None:  # some schedules are not exported at the top
-            kind = getattr(pipelining.schedules, SCHEDULE_CLASSES[plan.policy.schedule])
-        what = made if issubclass(kind, PipelineScheduleMulti) else made[0]
+        kind = SCHEDULE_CLASSES[plan.policy.schedule]
+        what = made if issubclass(kind, schedules.PipelineScheduleMulti) else made[0]
         return kind(what, plan.num_micro_batches, loss_fn=_as_it_is, scale_grads=False)
 
     def _stage(self, index: int, module: nn.Module, length: int) -> PipelineStage:
