@@ -17,7 +17,7 @@ from rich.text import Text
 
 from meshwright.cost.memory import held_params, state_bytes
 from meshwright.deployment import Training
-from meshwright.ir.program import Program, lower
+from meshwright.ir.program import lower
 from meshwright.plan import Plan
 from meshwright.terminal import PLAIN_WIDTH, printable
 from meshwright.units import BYTES
@@ -112,8 +112,9 @@ class Screen:
     def started(self, ranks: Sequence[RankRow], steps_done: int) -> None:
         """Print what was changed, who computes what, and the heading of the lines."""
         self._head()
-        self.console.print(rank_table(self.plan, ranks))
-        self.console.print(_weights_line(self.plan, ranks))
+        predicted = predicted_weights(self.plan)
+        self.console.print(rank_table(self.plan, ranks, predicted))
+        self.console.print(_weights_line(ranks, predicted))
         if steps_done:
             self.console.print(f"resumed after step {steps_done:,}")
         self.console.print(
@@ -197,8 +198,8 @@ def _step_line(step: StepRow) -> str:
     )
 
 
-def rank_table(plan: Plan, ranks: Sequence[RankRow]) -> Table:
-    """Who computes what, with the bytes of weights that the graph predicts and that the rank holds."""
+def rank_table(plan: Plan, ranks: Sequence[RankRow], predicted: Sequence[int]) -> Table:
+    """Who computes what, with the bytes of weights that are predicted of its pipeline rank and those held."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     axes = [axis for axis in ("pp", "dp", "tp", "etp", "ep", "edp") if plan.layout.size(axis) > 1]
     for name in ("rank", *axes):
@@ -207,7 +208,6 @@ def rank_table(plan: Plan, ranks: Sequence[RankRow]) -> Table:
         table.add_column(name)
     for name in ("weights predicted", "weights held"):
         table.add_column(name, justify="right")
-    predicted = predicted_weights(plan)
     for facts in ranks[:MOST_RANKS]:
         row = [str(facts.rank), *(str(facts.coordinates[axis]) for axis in axes)]
         row += [_layers(facts), _experts(facts)]
@@ -218,14 +218,13 @@ def rank_table(plan: Plan, ranks: Sequence[RankRow]) -> Table:
 
 def predicted_weights(plan: Plan) -> list[int]:
     """Bytes of weights that the memory model gives each pipeline rank."""
-    program: Program = lower(plan)
+    program = lower(plan)
     return [
         state_bytes(plan, held_params(program.stages_of(rank)))["weights"] for rank in range(plan.layout.pp)
     ]
 
 
-def _weights_line(plan: Plan, ranks: Sequence[RankRow]) -> str:
-    predicted = predicted_weights(plan)
+def _weights_line(ranks: Sequence[RankRow], predicted: Sequence[int]) -> str:
     wrong = [r for r in ranks if r.weight_bytes != predicted[r.coordinates["pp"]]]
     largest = BYTES.format(max(r.weight_bytes for r in ranks))
     where = f"{len(ranks)} ranks on {ranks[0].device}"
