@@ -19,7 +19,6 @@ class RankFacts:
 
     rank: int
     coordinates: dict[str, int]
-    stages: tuple[int, ...]
     layers: tuple[int, ...]
     has_embedding: bool
     has_head: bool
@@ -45,7 +44,6 @@ def _own_facts(trainer: Trainer) -> RankFacts:
     return RankFacts(
         mesh.rank,
         _coordinates(mesh),
-        tuple(stage.index for stage in stages),
         tuple(layer for stage in stages for layer in stage.layers),
         any(stage.has_embedding for stage in stages),
         any(stage.has_head for stage in stages),
