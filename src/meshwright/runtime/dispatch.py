@@ -76,8 +76,7 @@ def _by_expert(choices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     keys = torch.where(choices < 0, num_experts, choices)
     counts = torch.bincount(keys, minlength=num_experts + 1)[:num_experts]
     order = keys.argsort(stable=True)
-    left = int(counts.sum()) if num_experts else 0
-    return order[:left], counts
+    return order[: int(counts.sum())], counts
 
 
 def _at_experts(setting: Setting, rows: Tensor, counts_PL: Tensor, experts: Experts) -> Tensor:
