@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import MOE, small_deployment, written
 
 from meshwright.__main__ import main
-from meshwright.files import to_yaml
 from meshwright.plan import read_plan
 from meshwright.runtime.checkpoint import survey
 
@@ -33,41 +33,15 @@ KEYS = {
 }
 """What others read of each line."""
 
-DEPLOYMENT: dict[str, Any] = {
-    "name": "tiny",
-    "cluster": {"local": 2},
-    "model": {
-        "num_hidden_layers": 2,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "vocab_size": 256,
-        "router": {"aux_loss": 0.01},
-    },
-    "workload": {"global_batch_size": 4, "sequence_length": 64, "precision": "fp32"},
-    "layout": {"tp": 1, "cp": 1, "pp": 1, "vpp": 1, "dp": 2, "ep": 2, "etp": 1},
-    "policy": {
-        "engine": "native",
-        "micro_batch_size": 1,
-        "schedule": "1F1B",
-        "zero_stage": 1,
-        "sequence_parallel": False,
-        "recompute": "none",
-        "dispatcher": "alltoall",
-        "expert_overlap": False,
-    },
-    "training": {"steps": 4, "learning_rate": 0.01},
-}
+DEPLOYMENT = small_deployment(
+    MOE, ranks=2, layers=2, ep=2, batch=(4, 64), training={"steps": 4, "learning_rate": 0.01}
+)
 
 
 @pytest.fixture
 def deployment(tmp_path: Path) -> Path:
     """A deployment file that two local ranks train."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(to_yaml(DEPLOYMENT), "utf-8")
-    return path
+    return written(DEPLOYMENT, tmp_path)
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -89,8 +63,7 @@ def lines(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
     """A run's JSON lines, and the folder that it kept."""
     folder = tmp_path_factory.mktemp("trained")
-    path = folder / "tiny.yaml"
-    path.write_text(to_yaml(DEPLOYMENT), "utf-8")
+    path = written(DEPLOYMENT, folder)
     kept = ("-o", folder / "run", "--save-every", 2, "--keep", 2)
     return lines(run(path, "--json", "--steps", 5, *kept)), folder / "run"
 

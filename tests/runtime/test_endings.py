@@ -15,46 +15,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from commands import DENSE, small_deployment, written
 
 from meshwright.__main__ import main
-from meshwright.files import to_yaml
 from meshwright.planner.planned import planned
 from meshwright.runtime.launch import run_local
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked on Linux alone")
 
-DEPLOYMENT: dict[str, Any] = {
-    "name": "two",
-    "cluster": {"local": 2},
-    "model": {
-        "num_hidden_layers": 2,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "intermediate_size": 32,
-        "vocab_size": 256,
-    },
-    "workload": {"global_batch_size": 2, "sequence_length": 16, "precision": "fp32"},
-    "layout": {"tp": 1, "cp": 1, "pp": 1, "vpp": 1, "dp": 2, "ep": 1, "etp": 1},
-    "policy": {
-        "engine": "native",
-        "micro_batch_size": 1,
-        "schedule": "1F1B",
-        "zero_stage": 1,
-        "sequence_parallel": False,
-        "recompute": "none",
-        "dispatcher": "alltoall",
-        "expert_overlap": False,
-    },
-    "training": {"steps": 1_000_000},
-}
+DEPLOYMENT = small_deployment(DENSE, ranks=2, layers=2, training={"steps": 1_000_000})
 LIMIT_S = 60.0
 
 
 @pytest.fixture
 def deployment(tmp_path: Path) -> Path:
-    path = tmp_path / "two.yaml"
-    path.write_text(to_yaml(DEPLOYMENT), "utf-8")
-    return path
+    return written(DEPLOYMENT, tmp_path)
 
 
 @pytest.fixture

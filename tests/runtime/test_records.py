@@ -6,53 +6,25 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from commands import MOE, small_deployment, written
 
 from meshwright.__main__ import main
 from meshwright.deployment import deployment_from
-from meshwright.files import to_yaml
 from meshwright.model import Router
 from meshwright.plan import resolve
 from meshwright.runtime.mesh import single_process
 from meshwright.runtime.metrics import _mfu
 from meshwright.runtime.routing import route
 
-DEPLOYMENT: dict[str, Any] = {
-    "name": "one",
-    "cluster": {"local": 1},
-    "model": {
-        "num_hidden_layers": 1,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "vocab_size": 256,
-        "router": {"aux_loss": 0.01},
-    },
-    "workload": {"global_batch_size": 2, "sequence_length": 16, "precision": "fp32"},
-    "layout": {"tp": 1, "cp": 1, "pp": 1, "vpp": 1, "dp": 1, "ep": 1, "etp": 1},
-    "policy": {
-        "engine": "native",
-        "micro_batch_size": 1,
-        "schedule": "1F1B",
-        "zero_stage": 1,
-        "sequence_parallel": False,
-        "recompute": "none",
-        "dispatcher": "alltoall",
-        "expert_overlap": False,
-    },
-}
+DEPLOYMENT = small_deployment(MOE)
 
 
 @pytest.fixture
 def deployment(tmp_path: Path) -> Path:
-    path = tmp_path / "one.yaml"
-    path.write_text(to_yaml(DEPLOYMENT), "utf-8")
-    return path
+    return written(DEPLOYMENT, tmp_path)
 
 
 def test_a_forward_pass_that_overflows_is_reported_as_null(

@@ -3,52 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
+from commands import DENSE, small_deployment, written
 
 from meshwright.__main__ import main
 from meshwright.deployment import LossScale
-from meshwright.files import to_yaml
 from meshwright.runtime.checkpoint import survey
 from meshwright.runtime.optim import Scaler
 
-DEPLOYMENT: dict[str, Any] = {
-    "name": "one",
-    "cluster": {"local": 1},
-    "model": {
-        "num_hidden_layers": 1,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "intermediate_size": 32,
-        "vocab_size": 256,
-    },
-    "workload": {
-        "global_batch_size": 2,
-        "sequence_length": 16,
-        "precision": "fp32",
-        "optimizer": "sgd",
-    },
-    "layout": {"tp": 1, "cp": 1, "pp": 1, "vpp": 1, "dp": 1, "ep": 1, "etp": 1},
-    "policy": {
-        "engine": "native",
-        "micro_batch_size": 1,
-        "schedule": "1F1B",
-        "zero_stage": 1,
-        "sequence_parallel": False,
-        "recompute": "none",
-        "dispatcher": "alltoall",
-        "expert_overlap": False,
-    },
-    "training": {"steps": 2},
-}
+DEPLOYMENT = small_deployment(DENSE, workload={"optimizer": "sgd"}, training={"steps": 2})
 
 
 @pytest.fixture
 def deployment(tmp_path: Path) -> Path:
-    path = tmp_path / "one.yaml"
-    path.write_text(to_yaml(DEPLOYMENT), "utf-8")
-    return path
+    return written(DEPLOYMENT, tmp_path)
 
 
 @pytest.fixture
