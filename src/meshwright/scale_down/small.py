@@ -7,7 +7,6 @@ between the two plans is found by comparing them field by field.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import lcm
 from typing import Any
@@ -16,12 +15,12 @@ from meshwright.cluster import MAX_LOCAL, LocalRequest
 from meshwright.deployment import Training
 from meshwright.engines import engine_named
 from meshwright.errors import InputError
-from meshwright.files import Noun, decode
-from meshwright.ir.parameters import count_parameters
+from meshwright.files import decode
 from meshwright.layout import Layout
 from meshwright.model import Model
 from meshwright.plan import Plan, split_layers
 from meshwright.policy import CHUNKED_SCHEDULES, SPLIT_BACKWARD, V_SCHEDULES, EngineSettings, Policy
+from meshwright.scale_down.changes import LATENT, Reasons, changes
 from meshwright.verify import require_valid
 from meshwright.workload import LengthCounts, LengthRange, Precision, RoutingCounts, Workload
 
@@ -34,9 +33,6 @@ LEAST_HEAD_DIM = 16
 WIDTH_UNIT, LARGEST_WIDTH = 16, 512
 BYTE_VOCABULARY = 256
 LEAST_LENGTH, LONGEST_LENGTH, LARGEST_MICRO_BATCH = 16, 256, 2
-
-Reasons = dict[str, str]
-"""Why a field changed, by its key, where the change is more than a smaller size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +73,7 @@ def scaled_down(plan: Plan, num_ranks: int = 8, *, precision: Precision | None =
         defaults=defaults,
     )
     require_valid(small)
-    return ScaledDown(small, tuple(_changes(plan, small, num_ranks, reasons)))
+    return ScaledDown(small, tuple(changes(plan, small, num_ranks, reasons)))
 
 
 def _require_ranks(num_ranks: int) -> None:
@@ -267,7 +263,7 @@ class _Shrink:
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "head_dim": min(old.qk_head_dim, least),
-            **(dict.fromkeys(_LATENT) if old.is_mla else {}),
+            **(dict.fromkeys(LATENT) if old.is_mla else {}),
             **self.windows(),
         }
 
@@ -329,78 +325,3 @@ class _Shrink:
         unit = lcm(WIDTH_UNIT, degrees)
         most = max(LARGEST_WIDTH // unit, 1)
         return min(max(round(old * self.hidden / self.old.hidden_size / unit), 1), most) * unit
-
-
-# What has changed, in words.
-
-_WORDS = {
-    "num_hidden_layers": "layers",
-    "vocab_size": "vocabulary",
-    "num_attention_heads": "attention heads",
-    "num_key_value_heads": "key-value heads",
-    "intermediate_size": "dense feed-forward width",
-    "moe_intermediate_size": "expert width",
-    "shared_expert_intermediate_size": "shared expert width",
-    "num_experts": "experts",
-    "num_experts_per_tok": "experts per token",
-    "first_k_dense_replace": "leading dense layers",
-    "mlp_only_layers": "layers named as dense",
-    "decoder_sparse_step": "layers from one with experts to the next",
-}
-_LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-_UNSAID = {"model.name", *(f"model.{name}" for name in _LATENT)}
-"""Names, and what one line about latent attention says together."""
-
-
-def _changes(plan: Plan, small: Plan, num_ranks: int, reasons: Reasons) -> Iterator[str]:
-    before, now = count_parameters(plan.model).total, count_parameters(small.model).total
-    yield f"parameters {before:,} → {now:,}"
-    ranks = small.layout.world_size
-    fewer = f" (of the {num_ranks} allowed)" if ranks < num_ranks else ""
-    yield f"{plan.cluster.num_gpus:,} × {plan.cluster.gpu.name} → {ranks} processes of this machine{fewer}"
-    for part in ("layout", "policy", "model", "workload"):
-        if part == "model" and plan.model.is_mla:
-            yield "latent attention → multi-head attention (the native engine runs no latent attention)"
-        yield from _differences(part, getattr(plan, part), getattr(small, part), reasons)
-    if plan.training is None:
-        yield f"training none stated → the defaults, {Training().steps} steps"
-
-
-def _differences(key: str, before: Noun, now: Noun, reasons: Reasons) -> Iterator[str]:
-    for name in type(before).model_fields:
-        inner, old, new = f"{key}.{name}", getattr(before, name), getattr(now, name)
-        if name == "layers_per_stage":
-            old, new = _stages(old), _stages(new)
-        if old == new or inner in _UNSAID:
-            continue
-        if name == "router":
-            yield from (f"router {line}" for line in _differences(inner, old, new, reasons))
-            continue
-        why = f" ({reasons[inner]})" if inner in reasons else ""
-        yield f"{_WORDS.get(name, name.replace('_', ' '))} {_shown(old)} → {_shown(new)}{why}"
-
-
-def _stages(layers: tuple[int, ...]) -> str:
-    least, most = min(layers, default=0), max(layers, default=0)
-    return f"{least} each" if least == most else f"{least}–{most}"
-
-
-def _shown(value: object) -> str:
-    match value:
-        case None | ():
-            return "none"
-        case bool():
-            return "on" if value else "off"
-        case int():
-            return f"{value:,}"
-        case tuple():
-            return "-".join(str(item) for item in value)
-        case LengthRange():
-            return f"{value.min:,}–{value.max:,}"
-        case LengthCounts():
-            return f"{len(value.counts)} lengths up to {max(length for length, _ in value.counts):,}"
-        case EngineSettings():
-            return ", ".join(value.model_dump(exclude_none=True)) or "the usual"
-        case RoutingCounts():
-            return "counted tokens"
-    return str(value)
