@@ -23,6 +23,7 @@ LEVEL_OF = {
     "errors": "ground",
     "units": "ground",
     "files": "ground",
+    "decoding": "ground",
     # nouns: pure data and integer arithmetic
     "cluster": "nouns",
     "hardware": "nouns",
