@@ -84,7 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planner": COST | {"planner", "verify"},
     "simulator": COST | {"simulator", "verify", "planner"},  # prices tasks as the estimate does
     "runtime": IR | {"runtime"},
-    "validate": COST | {"validate", "verify", "planner"},  # scores what the planner predicts
+    "validate": COST | {"validate", "verify", "planner", "simulator"},  # scores what both predict
     "simulation": CONSUMERS | {"simulation"},
     "terminal": CONSUMERS | {"terminal", "validate", "simulation"},
     "training": CONSUMERS | {"terminal", "training"},
@@ -95,7 +95,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "package": CONSUMERS,
 }
 # Step times need numpy, which most audits do without (docs/decisions/0011).
-MAY_IMPORT_IN_A_FUNCTION = {"training": {"runtime"}, "audit": {"planner"}}
+# The simulator prices tasks by the planner's functions, and the planner's finalists run in it (0016).
+MAY_IMPORT_IN_A_FUNCTION = {"training": {"runtime"}, "audit": {"planner"}, "planner": {"simulator"}}
 
 THIRD_PARTY = {"pydantic", "pydantic_core", "yaml", "rich", "typer"}
 """What every level may import."""

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.ir.schedule import Action, ActionKind, build_schedule, run_in_order
+from meshwright.plan import split_layers
 from meshwright.planner.pipeline import pipeline_time
 from meshwright.policy import ScheduleName
 
@@ -62,12 +63,12 @@ def test_gpipe_is_exact_for_any_stages(num_ranks: int, count: int, data: st.Data
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 6), st.integers(0, 8), times, times, times)
+@given(st.integers(1, 8), st.integers(1, 14), times, times, times)
 def test_1f1b_is_exact_for_equal_stages(
-    num_ranks: int, more: int, forward: float, inner: float, weight: float
+    num_ranks: int, count: int, forward: float, inner: float, weight: float
 ) -> None:
+    """With fewer micro-batches than ranks too."""
     stages = equal_stages(num_ranks, (forward, inner, weight))
-    count = num_ranks + more
     assert closed("1F1B", num_ranks, count, 1, stages) == pytest.approx(
         run("1F1B", num_ranks, count, 1, stages), rel=1e-9
     )
@@ -83,6 +84,15 @@ def test_uneven_1f1b_is_a_close_lower_bound(num_ranks: int, more: int, data: st.
     assert 0.96 * expected <= closed("1F1B", num_ranks, count, 1, stages) <= expected * (1 + 1e-9)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 6), st.data())
+def test_uneven_1f1b_of_few_micro_batches_is_a_lower_bound(num_ranks: int, data: st.DataObject) -> None:
+    stages = drawn_stages(data, num_ranks, 0.3, 3.0)
+    count = data.draw(st.integers(1, num_ranks))
+    expected = run("1F1B", num_ranks, count, 1, stages)
+    assert closed("1F1B", num_ranks, count, 1, stages) <= expected * (1 + 1e-9)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 6), st.integers(2, 4), st.integers(1, 4), times, times, times)
 def test_interleaving_is_exact_for_equal_stages(
@@ -92,6 +102,21 @@ def test_interleaving_is_exact_for_equal_stages(
     count = num_ranks * rounds
     expected = run("Interleaved1F1B", num_ranks, count, chunks, stages)
     assert closed("Interleaved1F1B", num_ranks, count, chunks, stages) == pytest.approx(expected, rel=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([4, 8, 16]), st.integers(2, 5), st.integers(1, 6), st.floats(0.0, 1.5), st.data())
+def test_uneven_interleaving_lies_within_its_error(
+    num_ranks: int, chunks: int, rounds: int, head: float, data: st.DataObject
+) -> None:
+    """Layers split as evenly as they go, and a head of up to one and a half layers behind the last."""
+    count = num_ranks * chunks
+    layers = np.array(split_layers(data.draw(st.integers(count, 3 * count)), count), float)
+    layers[-1] += head
+    stages = np.stack([layers, 2 * layers, 0 * layers])
+    expected = run("Interleaved1F1B", num_ranks, num_ranks * rounds, chunks, stages)
+    found = closed("Interleaved1F1B", num_ranks, num_ranks * rounds, chunks, stages)
+    assert found == pytest.approx(expected, rel=0.135)
 
 
 @pytest.mark.parametrize(("num_ranks", "count", "chunks"), [(4, 2, 2), (8, 4, 2), (8, 4, 4), (8, 2, 2)])
@@ -134,7 +159,7 @@ def test_uneven_interleaving_stays_near(
     stages = drawn_stages(data, num_ranks * chunks, 0.9, 1.1)
     count = num_ranks * rounds
     expected = run("Interleaved1F1B", num_ranks, count, chunks, stages)
-    assert closed("Interleaved1F1B", num_ranks, count, chunks, stages) == pytest.approx(expected, rel=0.08)
+    assert closed("Interleaved1F1B", num_ranks, count, chunks, stages) == pytest.approx(expected, rel=0.135)
 
 
 def test_arrays_give_what_numbers_give() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -143,15 +142,6 @@ def test_the_path_says_what_would_shorten_the_step() -> None:
     assert (first.kind, first.axis, first.between_nodes) == ("all_to_all", "ep", True)
     words = found.critical_path.words()[0]
     assert words.startswith(f"all-to-all over ep between nodes is {100 * first.fraction:.0f} % of it")
-
-
-def test_a_document_is_plain_values() -> None:
-    found = simulate(SMALL[0])
-    read = json.loads(json.dumps(found.document()))
-    assert read["step_time_s"] == found.step_time_s
-    assert read["critical_path"]["shares"][0]["seconds"] == found.critical_path.shares[0].seconds
-    assert set(read["exposed_comm_s"]) == {"tp", "cp", "ep", "etp", "dp", "pp"}
-    assert {"bubble_fraction", "events", "wall_s", "phases", "ranks"} < set(read)
 
 
 def test_a_path_goes_through_the_pipeline() -> None:

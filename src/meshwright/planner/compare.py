@@ -15,9 +15,8 @@ from meshwright.deployment import Deployment
 from meshwright.errors import InputError
 from meshwright.layout import nearest_to
 from meshwright.plan import Plan, open_placement, resolve
-from meshwright.planner.estimate import estimate
 from meshwright.planner.interval import interval
-from meshwright.planner.ranked import CONDITIONS, Ranked, ranked
+from meshwright.planner.ranked import Ranked, ranked, simulated_step
 from meshwright.verify import require_valid
 from meshwright.workload import Workload
 
@@ -169,5 +168,5 @@ def compare(name: str, best: Ranked, other: Plan, sequence_lengths: Sequence[int
 
 
 def _timed(plan: Plan, sequence_length: int) -> Timed:
-    seconds = estimate(plan, CONDITIONS, sequence_length).total_s
+    seconds = simulated_step(plan, sequence_length).step_time_s
     return Timed(seconds, *interval(plan, seconds))

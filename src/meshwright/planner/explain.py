@@ -84,7 +84,7 @@ def _too_large(choices: Mapping[str, Any], own: Answer) -> Explained:
 
 def _against(choices: Mapping[str, Any], own: Answer, mine: Ranked, best: Ranked) -> Explained:
     slower = mine.step_time_s - best.step_time_s
-    by_part = {part: mine.step.parts[part] - best.step.parts[part] for part in mine.step.parts}
+    by_part = {part: seconds - best.parts[part] for part, seconds in mine.parts.items()}
     counts = (own.found.legal, own.found.feasible)
     if slower <= 1e-9 * best.step_time_s:
         why = "the best plan makes this choice" if not slower else "it is faster than what the file allows"

@@ -80,9 +80,11 @@ def _one_forward_one_backward(f: Array, b: Array, m: Array) -> Array:
     m micro-batches and waits twice for the ranks after it: for its first gradient, behind k warm-up
     forwards of its own, and at the end for its last one, behind k backwards:
     T_i = Σ_{j<i} t_j + m·t_i + max(0, D_i − k·f_i) + max(0, D_i − k·b_i), D_i = Σ_{j>i} t_j, k = P − 1 − i.
-    Exact for equal stages, and else a lower bound that misses paths which change ranks on the way. With v
-    chunks t_i sums the rank's chunks, the first fills and the last drains. With m < P each further chunk
-    waits for P − m slots.
+    Where all m forwards come before the first gradient (m − 1 ≤ k) there is one wait, the longer one, behind
+    m − 1 of its own. Exact for equal stages, and else a lower bound that misses paths which change ranks on
+    the way. With v chunks t_i sums the rank's chunks, the first fills and the last drains; chunks of
+    different length cost each further round what `_uneven` says. With m < P each further chunk waits for
+    P − m slots.
     """
     num_chunks, num_ranks = f.shape[:2]
     t = f + b
@@ -90,10 +92,37 @@ def _one_forward_one_backward(f: Array, b: Array, m: Array) -> Array:
     after = np.cumsum(t[-1][::-1], axis=0)[::-1] - t[-1]
     behind = np.arange(num_ranks - 1, -1, -1).reshape(-1, *([1] * (t.ndim - 2)))
     k = np.minimum(behind, np.maximum(m - 1, 0)) if num_chunks == 1 else behind
-    waits = np.maximum(after - k * f[-1], 0) + np.maximum(after - k * b[-1], 0)
+    filled, drained = np.maximum(after - k * f[-1], 0), np.maximum(after - k * b[-1], 0)
+    once = (m - 1 <= behind) & (num_chunks == 1)
+    waits = np.where(once, np.maximum(filled, drained), filled + drained)
     path = before + m * t.sum(axis=0) + waits
-    short = np.maximum(num_ranks - m, 0) * t[1:].sum(axis=0) if num_chunks > 1 else 0.0
-    return (path + short).max(axis=0)
+    if num_chunks == 1:
+        return path.max(axis=0)
+    short = np.maximum(num_ranks - m, 0) * t[1:].sum(axis=0)
+    return (path + short).max(axis=0) + m / num_ranks * _uneven(f, b)
+
+
+def _uneven(f: Array, b: Array) -> Array:
+    """Seconds of one round of P micro-batches that chunks of different length cost under interleaving.
+
+    At any moment neighbouring ranks work on the same chunk or on one after the other. If all kept in step, a
+    slot would take as long as the slowest of them; if none waited, a round as long as the fullest rank works.
+    A step lies between the two, and the middle is taken. Against 5,408 orders that were run (layers split as
+    evenly as they go, a head of up to 1.5 layers) the mean error is 1.3 %, the largest 13 %.
+    """
+    in_step = _in_step(f) + _in_step(b[::-1, ::-1])
+    fullest = f.shape[1] * (f + b).sum(axis=0).max(axis=0)
+    return np.maximum(in_step - fullest, 0) / 2
+
+
+def _in_step(t: Array) -> Array:
+    """Seconds of one round in which every slot is as long as its slowest rank: in slot j of a chunk the first
+    j ranks have gone on to the next one."""
+    last = np.maximum.accumulate(t[:, ::-1], axis=1)[:, ::-1]
+    ahead = np.maximum.accumulate(np.roll(t, -1, axis=0), axis=1)
+    slots = last.copy()
+    slots[:, 1:] = np.maximum(last[:, 1:], ahead[:, :-1])
+    return slots.sum(axis=(0, 1))
 
 
 def _zero_bubble_idle(schedule: ScheduleName, num_ranks: int, f: Array, b: Array, w: Array) -> Array:

@@ -92,7 +92,8 @@ class Pricing:
             if pipeline.schedule == "GPipe":
                 least = least + edge @ weighed - fullest
             elif pipeline.schedule in ("1F1B", "Interleaved1F1B"):
-                least = np.maximum(least, m * by_rank[0] + edge @ weighed)
+                waits_twice = (m > pipeline.pp) | (pipeline.vpp > 1)
+                least = np.maximum(least, np.where(waits_twice, m * by_rank[0] + edge @ weighed, 0.0))
             total += at.share * least
         return total * (1 - 1e-9)
 

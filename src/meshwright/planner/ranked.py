@@ -13,7 +13,7 @@ from meshwright.planner.confidence import Confidence, confidence_of
 from meshwright.planner.estimate import StepTime, compose, measure_program, running_of
 from meshwright.planner.interval import interval
 from meshwright.planner.lengths import Lengths
-from meshwright.planner.prices import Conditions, prices
+from meshwright.planner.prices import Conditions, Prices, prices
 
 CONDITIONS = Conditions()
 TIGHT = 0.95
@@ -22,25 +22,41 @@ MEMORY_ERROR = "6 of 53 measured runs took 4 to 7 % more memory than predicted"
 """Why: those of benchmarks/accuracy/training_runs.csv whose memory was measured."""
 
 
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """What a simulated step takes, and the mean idle share of the ranks while micro-batches run."""
+
+    step_time_s: float
+    bubble_fraction: float
+
+
 @dataclass(frozen=True)
 class Ranked:
     """A plan, estimated.
 
-    `step` is the mean over the lengths that it is ranked on; `at_ends` are the step times in seconds at the
-    shortest and the longest length, empty where there is one length.
+    `step` is its closed form and `simulated` what an event-by-event simulation says, both the mean over the
+    lengths that it is ranked on; `at_ends` are the simulated step times in seconds at the shortest and the
+    longest length, empty where there is one length.
     """
 
     plan: Plan
     lengths: Lengths
     step: StepTime
+    simulated: Simulated
     memory: tuple[RankMemory, ...]
     at_ends: dict[int, float]
     confidence: Confidence
 
     @property
     def step_time_s(self) -> float:
-        """Seconds of a step."""
-        return self.step.total_s
+        """Seconds of a step, simulated."""
+        return self.simulated.step_time_s
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds of a step by part, which add up to it: those of the closed form, and what the simulation
+        finds beyond it (links that several transfers share, stages of different length)."""
+        return {**self.step.parts, "simulated": self.step_time_s - self.step.total_s}
 
     @cached_property
     def interval_s(self) -> tuple[float, float]:
@@ -89,7 +105,7 @@ class Ranked:
             tokens_per_s_per_gpu=self.tokens_per_s / self.plan.cluster.num_gpus,
             sequences_per_s=self.sequences_per_s,
             mfu=self.mfu,
-            bubble_fraction=self.step.bubble_fraction,
+            bubble_fraction=self.simulated.bubble_fraction,
             exposed_comm_s=self.step.exposed_comm_s,
             peak_memory_bytes=self.peak_memory_bytes,
         )
@@ -112,7 +128,8 @@ class Ranked:
             ],
             "may_run_out_of_memory": self.tight,
             "confidence": self.confidence.document(),
-            "parts_s": dict(self.step.parts),
+            "closed_form_s": self.step.total_s,
+            "parts_s": self.parts,
             "step_time_at_s": {str(length): seconds for length, seconds in self.at_ends.items()},
             "num_micro_batches": plan.num_micro_batches,
             "digest": plan.digest,
@@ -120,25 +137,39 @@ class Ranked:
 
 
 def ranked(plan: Plan, lengths: Lengths) -> Ranked:
-    """Estimate a plan at every length that it is ranked on, and its memory at the longest one."""
+    """Estimate and simulate a plan at every length that it is ranked on, and its memory at the longest."""
     priced = prices(plan.cluster, plan.workload.precision, plan.policy.engine, CONDITIONS)
-    steps: dict[int, StepTime] = {}
-    programs: dict[int, Program] = {}
-
-    def at(length: int) -> StepTime:
-        if length not in steps:
-            programs[length] = lower(plan, length)
-            measured = measure_program(programs[length], priced, CONDITIONS, length)
-            steps[length] = compose(measured, priced)
-        return steps[length]
-
     shortest, longest = plan.workload.min_sequence_length, plan.workload.max_sequence_length
-    step = mean_step([(at(length), share) for length, share in lengths.shares])
-    ends = {length: at(length).total_s for length in (shortest, longest)} if shortest < longest else {}
-    at(longest)
+    used = {length for length, _ in lengths.shares} | {shortest, longest}
+    programs = {length: lower(plan, length) for length in sorted(used)}
+    steps = [(_closed(programs[length], priced, length), share) for length, share in lengths.shares]
+    times = {length: simulated_step(program, length) for length, program in programs.items()}
+    simulated = mean_simulated([(times[length], share) for length, share in lengths.shares])
+    ends = {n: times[n].step_time_s for n in (shortest, longest)} if shortest < longest else {}
     usual = max(lengths.shares, key=lambda pair: (pair[1], pair[0]))[0]
     confidence = confidence_of(programs[usual], priced, running_of(plan, priced, CONDITIONS))
-    return Ranked(plan, lengths, step, memory(programs[longest]), ends, confidence)
+    peaks = memory(programs[longest])
+    return Ranked(plan, lengths, mean_step(steps), simulated, peaks, ends, confidence)
+
+
+def _closed(program: Program, priced: Prices, length: int) -> StepTime:
+    return compose(measure_program(program, priced, CONDITIONS, length), priced)
+
+
+def simulated_step(plan: Plan | Program, sequence_length: int) -> Simulated:
+    """A step of a plan at one length, simulated event by event."""
+    from meshwright.simulator.options import Options
+    from meshwright.simulator.steady import totals
+
+    found = totals(plan, Options(sequence_length=sequence_length, conditions=CONDITIONS))
+    return Simulated(found.step_time_s, found.bubble_fraction)
+
+
+def mean_simulated(steps: list[tuple[Simulated, float]]) -> Simulated:
+    """The mean of simulated steps with shares; of their bubbles, weighed by time."""
+    total = sum(share * step.step_time_s for step, share in steps)
+    bubble = sum(share * step.step_time_s * step.bubble_fraction for step, share in steps) / total
+    return Simulated(total, bubble)
 
 
 def mean_step(steps: list[tuple[StepTime, float]]) -> StepTime:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from meshwright.cost.constants import Constants
 from meshwright.planner.prices import Conditions
 from meshwright.simulator.draws import Factors
 from meshwright.workload import Routing
@@ -22,7 +23,8 @@ class Options:
     from the workload's routing; another routing, or a distribution of factors, is drawn in its place.
     `stragglers` draws how much longer each rank computes. `every_rank` runs every pipeline whose ranks wait
     for one another only when gradients are reduced, instead of one that stands for all. `sequence_length` is
-    the longest unless told; `conditions` what a run states about its execution, as for the estimate.
+    the longest unless told; `conditions` what a run states about its execution, as for the estimate;
+    `constants` replace the catalogue's.
     """
 
     point_to_point: bool = True
@@ -33,3 +35,4 @@ class Options:
     seed: int = 0
     sequence_length: int | None = None
     conditions: Conditions = field(default_factory=Conditions)
+    constants: Constants | None = None

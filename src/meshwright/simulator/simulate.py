@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from meshwright.errors import InputError
 from meshwright.ir.program import Program, lower
@@ -55,21 +54,7 @@ class Simulated:
     wall_s: float
     ranks: tuple[RankUse, ...]
     phases: Mapping[str, tuple[float, float]]
-    _kept: _Kept = field(repr=False, compare=False)
-
-    def document(self) -> dict[str, Any]:
-        """The step as a mapping of plain values, for JSON: seconds, and fractions from 0 to 1."""
-        path = self.critical_path
-        return {
-            "step_time_s": self.step_time_s,
-            "bubble_fraction": self.bubble_fraction,
-            "exposed_comm_s": dict(self.exposed_comm_s),
-            "critical_path": {"shares": [asdict(one) for one in path.shares], "words": list(path.words())},
-            "events": self.events,
-            "wall_s": self.wall_s,
-            "phases": {name: {"start_s": a, "end_s": b} for name, (a, b) in self.phases.items()},
-            "ranks": [asdict(use) for use in self.ranks],
-        }
+    _kept: Kept = field(repr=False, compare=False)
 
     def timeline(self) -> Timeline:
         """Every event of the pipeline that ends last."""
@@ -80,7 +65,7 @@ class Simulated:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class Kept:
     """All that ran, by pipeline; `last` is the one that ends last."""
 
     priced: Priced
@@ -115,7 +100,7 @@ def simulate(plan: Plan | Program, options: Options | None = None) -> Simulated:
     """
     began = time.perf_counter()
     asked = options or Options()
-    kept = _run_all(_lowered(plan, asked), asked, 1)
+    kept = run_all(lowered(plan, asked), asked, 1)
     return _simulated(kept, began)
 
 
@@ -127,13 +112,13 @@ def sample_steps(plan: Plan | Program, options: Options, samples: int) -> Sample
     if options.every_rank:
         rule = "many draws are taken of one pipeline that stands for all"
         raise InputError("every_rank", True, rule, [False])
-    kept = _run_all(_lowered(plan, options), options, samples)
+    kept = run_all(lowered(plan, options), options, samples)
     seconds = tuple(end.total_s for end in kept.ends)
     bubbles = tuple(_bubble([one]) for one in kept.runs)
     return Sampled(seconds, bubbles, time.perf_counter() - began)
 
 
-def _lowered(plan: Plan | Program, options: Options) -> Program:
+def lowered(plan: Plan | Program, options: Options) -> Program:
     program = lower(plan, options.sequence_length) if isinstance(plan, Plan) else plan
     if program.plan.num_micro_batches < 1:
         ranks = program.plan.layout.dp * program.plan.policy.micro_batch_size
@@ -143,7 +128,8 @@ def _lowered(plan: Plan | Program, options: Options) -> Program:
     return program
 
 
-def _run_all(program: Program, options: Options, samples: int) -> _Kept:
+def run_all(program: Program, options: Options, samples: int) -> Kept:
+    """Run every pipeline that is asked for, or so many draws of one that stands for all."""
     priced = priced_program(program, options, samples)
     schedule = program.schedule
     runs, insides, steps = [], [], []
@@ -161,10 +147,10 @@ def _run_all(program: Program, options: Options, samples: int) -> _Kept:
         runs.append(run(schedule, work))
         insides.append(inside)
         steps.append(own)
-    return _Kept(priced, tuple(runs), tuple(insides), tuple(steps), ending(priced, runs, steps))
+    return Kept(priced, tuple(runs), tuple(insides), tuple(steps), ending(priced, runs, steps))
 
 
-def _simulated(kept: _Kept, began: float) -> Simulated:
+def _simulated(kept: Kept, began: float) -> Simulated:
     last = kept.last
     end, one, inside = kept.ends[last], kept.runs[last], kept.insides[last]
     step_time_s = end.total_s
@@ -212,7 +198,7 @@ def _exposed(one: Run, inside: Inside, steps: Sequence[RankStep], end: Ending) -
     return shown
 
 
-def _uses(kept: _Kept, step_time_s: float) -> tuple[RankUse, ...]:
+def _uses(kept: Kept, step_time_s: float) -> tuple[RankUse, ...]:
     layout = kept.priced.program.plan.layout
     every = kept.priced.options.every_rank
     stands_for = coupled_ranks(layout) if every else layout.tp * layout.cp * layout.dp

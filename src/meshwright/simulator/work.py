@@ -108,7 +108,7 @@ def priced_program(program: Program, options: Options, samples: int = 1) -> Pric
     """Price a program: `samples` draws of one pipeline, or with `every_rank` each pipeline of a step."""
     plan = program.plan
     stated = options.conditions
-    rates = prices(plan.cluster, plan.workload.precision, plan.policy.engine, stated)
+    rates = prices(plan.cluster, plan.workload.precision, plan.policy.engine, stated, options.constants)
     length = options.sequence_length or plan.workload.max_sequence_length
     measured = measure_program(program, rates, stated, length)
     groups = axis_groups(plan.cluster, plan.layout.degrees())

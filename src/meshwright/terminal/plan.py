@@ -29,7 +29,7 @@ SHOWN = 10
 _REASONS = 6
 _UNMEASURED = 5
 _ROOM = "Where that is too close, take one that needs less, below."
-_PARTS = ("compute", "tp", "cp", "ep", "etp", "dp", "pp", "host", "bubble", "optimizer", "other")
+_PARTS = ("compute", "tp", "cp", "ep", "etp", "dp", "pp", "host", "bubble", "optimizer", "other", "simulated")
 
 
 def show_plans(result: Answered, console: Console) -> None:
@@ -103,14 +103,14 @@ def _show_ranking(answer: Answer, console: Console, shown: int) -> None:
 
 def _show_parts(plans: Sequence[Ranked], console: Console) -> None:
     """Milliseconds of a step by part: compute, exposed communication by axis, and the rest."""
-    shown = [part for part in _PARTS if any(plan.step.parts[part] > 0.5e-6 for plan in plans)]
+    shown = [part for part in _PARTS if any(abs(plan.parts[part]) > 0.05e-3 for plan in plans)]
     console.print()
     console.print(
         Text("Where the time goes, in ms (communication that nothing hides, by axis)", style="bold")
     )
     table = figures_table("#", *shown)
     for position, plan in enumerate(plans):
-        table.add_row(str(position + 1), *(f"{1e3 * plan.step.parts[part]:,.1f}" for part in shown))
+        table.add_row(str(position + 1), *(f"{1e3 * plan.parts[part]:,.1f}" for part in shown))
     console.print(table)
 
 
