@@ -23,7 +23,15 @@ from meshwright.cost.constants import constants
 from meshwright.planner.estimate import compose
 from meshwright.planner.prices import prices
 from meshwright.terminal.progress import progress_bar
-from meshwright.validate.answer import Priced, Validation, price, read_table, validated, worst_rows
+from meshwright.validate.answer import (
+    Priced,
+    Validation,
+    price,
+    read_table,
+    validated,
+    with_simulation,
+    worst_rows,
+)
 from meshwright.validate.predict import Prepared, predicted, step_times
 from meshwright.validate.refit import Refit, refit
 from meshwright.validate.rows import read_rows
@@ -56,7 +64,8 @@ def keep() -> None:
         table = read_table(RUNS, progress)
         fitted = refit(table, constants(), progress)
         single = validated(read_table(SINGLE_NODE, progress))
-    held, shipped = fitted.validation(), validated(table)
+        held = with_simulation(fitted.validation(), progress)
+    shipped = validated(table)
     rows = list(_records(fitted, held, shipped))
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -86,6 +95,7 @@ def _records(fitted: Refit, held: Validation, shipped: Validation) -> Iterator[d
             "low_s": _short(prediction.low_s),
             "high_s": _short(prediction.high_s),
             "shipped_s": _short(plain.step_time_s),
+            "simulated_s": _short(prediction.simulated_s),
             "memory_bytes": prediction.memory_bytes if run.memory else "",
             "measured_memory_bytes": run.memory.bytes if run.memory else "",
         }
@@ -119,11 +129,13 @@ def _others(held: Validation, single: Validation) -> dict[str, Any]:
     table = held.table
     by_flops = score([one.run for one in table.priced], table.refusals, _by_flops(table.priced))
     moe = [s for s in held.scored if s.run.group != "dense"]
+    without_efa = [s for s in moe if s.run.group != "moe_efa"]
     multi_node = [s for s in held.scored if s.run.recipe.startswith("vtrain/")]
     return {
         "flops": by_flops["groups"],
-        "vtrain": group_score(multi_node)["time"],
-        "moe": group_score(moe)["time"],
+        "vtrain": group_score(multi_node),
+        "moe": group_score(moe),
+        "without_efa": group_score(without_efa),
         "single_node": single.document["groups"]["dense"]["time"],
     }
 

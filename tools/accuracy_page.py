@@ -26,6 +26,9 @@ TITLES = {
     "moe_partial": "MoE, stated in part",
     "moe_efa": "MoE over EFA",
 }
+APART = 0.005
+"""Relative difference beyond which closed form and simulation are said to differ."""
+_BOTH = {"closed": "held_back_s", "simulated": "simulated_s"}
 FEWEST = 3
 """Rows of a source or GPU below which it shares a line with the others like it."""
 
@@ -88,9 +91,18 @@ def _text(kept: Kept) -> str:
         sources=_summaries(timed, lambda row: row["source"]),
         gpus=_summaries(timed, lambda row: row["gpu"]),
         eras=_summaries(timed, lambda row: row["era"]),
+        without_efa=kept.scores["without_efa"],
+        apart=_apart(timed),
         inside=mean(float(row["low_s"]) <= float(row["measured_s"]) <= float(row["high_s"]) for row in timed),
         explained=lambda name: " ".join(str(explained.get(name, "not explained")).split()),
     )
+
+
+def _apart(rows: Iterable[Mapping[str, str]]) -> dict[str, float]:
+    """Rows whose closed form and simulation differ by more than APART, and the mean errors of both there."""
+    found = [row for row in rows if abs(float(row["simulated_s"]) / float(row["held_back_s"]) - 1) > APART]
+    errors = {name: mean(abs(_error(row, key)) for row in found) for name, key in _BOTH.items()}
+    return {"rows": len(found), **errors}
 
 
 def _summaries(

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from meshwright.deployment import Deployment, Placement, PlacementT
-    from meshwright.validate.answer import Validation
+    from meshwright.validate.answer import Table, Validation
+    from meshwright.validate.progress import Progress
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """The error of a wrong command line: typer carries its own parser or uses click's, by version."""
@@ -328,11 +329,14 @@ def validate(
         str | None,
         typer.Option(metavar="FILE", help="Write the widths of the 80 % intervals there; cross-validates."),
     ] = None,
+    simulated: Annotated[
+        bool, typer.Option("--simulate", help="Simulate each row's step too, and score that beside it.")
+    ] = False,
 ) -> None:
     """Predict measured runs, and score step time, ranking and memory."""
     for flag, path in (("--output", output), ("--fit", fit), ("--residuals", residuals)):
         guard_input(file, path, flag)
-    validation = _validation(file, cross_validate, fit, residuals)
+    validation = _validation(file, cross_validate, fit, residuals, simulated)
 
     def show(console: Console) -> None:
         from meshwright.terminal.validate import show_validation
@@ -342,25 +346,33 @@ def validate(
     present(lambda: validation.document, show, as_json, output)
 
 
-def _validation(file: str, cross_validate: bool, fit: str | None, residuals: str | None) -> Validation:
+def _validation(
+    file: str, cross_validate: bool, fit: str | None, residuals: str | None, simulated: bool
+) -> Validation:
     """Predictions of a table; the fit's files are written where they are asked for."""
     from meshwright.terminal.progress import progress_bar
-    from meshwright.validate.answer import read_table, validated
+    from meshwright.validate.answer import read_table, validated, with_simulation
 
     with progress_bar() as progress:
         table = read_table(file, progress)
-        if not (cross_validate or fit or residuals):
-            return validated(table)
-        from meshwright.cost.constants import constants
-        from meshwright.files import write_text
-        from meshwright.validate.refit import constants_text, refit, residuals_text
+        if cross_validate or fit or residuals:
+            validation = _fitted(table, fit, residuals, progress)
+        else:
+            validation = validated(table)
+        return with_simulation(validation, progress) if simulated else validation
 
-        fitted = refit(table, constants(), progress)
-        if fit is not None:
-            write_text(fit, constants_text(fitted.constants()))
-        if residuals is not None:
-            write_text(residuals, residuals_text(fitted.residuals()))
-        return fitted.validation()
+
+def _fitted(table: Table, fit: str | None, residuals: str | None, progress: Progress) -> Validation:
+    from meshwright.cost.constants import constants
+    from meshwright.files import write_text
+    from meshwright.validate.refit import constants_text, refit, residuals_text
+
+    fitted = refit(table, constants(), progress)
+    if fit is not None:
+        write_text(fit, constants_text(fitted.constants()))
+    if residuals is not None:
+        write_text(residuals, residuals_text(fitted.residuals()))
+    return fitted.validation()
 
 
 @app.command()

@@ -13,6 +13,7 @@ from meshwright.plan import Plan
 from meshwright.planner.interval import (
     MOST_GPUS,
     UNMEASURED,
+    closest,
     group_of,
     half_width_of,
     interval,
@@ -29,10 +30,20 @@ def plan_of(**given: object) -> Plan:
 
 
 def test_every_group_of_runs_has_residuals() -> None:
-    assert set(residuals()) == set(GROUPS)
+    assert set(residuals()) >= set(GROUPS)
+    assert {name.partition("/")[0] for name in residuals()} == set(GROUPS)
     for name, entry in residuals().items():
         assert 0 < half_width_of(name) < 1, "an 80 % interval within a factor of e"
         assert entry.rows > 0
+
+
+def test_the_closest_runs_are_those_of_the_generation_where_there_are_enough() -> None:
+    assert closest("dense", "hopper") == "dense/hopper"
+    assert residuals()["dense/hopper"].rows >= 20
+    assert closest("moe_efa", "hopper") == "moe_efa", "too few rows of it"
+    assert closest("dense", "other") == "dense"
+    plan = plan_of()
+    assert "dense runs on" in width_of(plan.model, plan.cluster, "megatron").words
 
 
 def test_a_plan_belongs_to_the_runs_that_it_is_like() -> None:
@@ -49,7 +60,7 @@ def test_a_plan_belongs_to_the_runs_that_it_is_like() -> None:
 def test_an_interval_reaches_equally_far_both_ways_in_logarithms() -> None:
     plan = plan_of()
     low, high = interval(plan, 2.0)
-    assert log(high / 2.0) == pytest.approx(log(2.0 / low)) == pytest.approx(half_width_of("dense"))
+    assert log(high / 2.0) == pytest.approx(log(2.0 / low)) == pytest.approx(half_width_of("dense/hopper"))
     again = interval(plan, 20.0)
     assert again == pytest.approx((10 * low, 10 * high))
 

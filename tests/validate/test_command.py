@@ -208,3 +208,20 @@ def test_progress_is_shown_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) 
             progress("rows priced", 1, 2)
             progress("rows priced", 2, 2)
         assert ("rows priced" in stream.getvalue()) is shown
+
+
+def test_simulated_steps_are_scored_beside(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each row's step is simulated too, and scored as the closed form is; that stays as it was."""
+    assert validate(str(CARRIED), "--json") == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert validate(str(CARRIED), "--json", "--simulate") == 0
+    document = json.loads(capsys.readouterr().out)
+    for group in GROUPS:
+        assert document["groups"][group]["time"] == plain["groups"][group]["time"]
+        assert list(document["groups"][group]["simulated"]) == TIME
+    for one, other in zip(document["predictions"], plain["predictions"], strict=True):
+        simulated = one.pop("simulated_step_time_s")
+        assert one == other
+        assert simulated == pytest.approx(one["step_time_s"], rel=0.1)
+    assert validate(str(CARRIED), "--simulate") == 0
+    assert "Step time, simulated" in capsys.readouterr().out

@@ -14,6 +14,8 @@ from tests.validate.synthetic import run_of
 from meshwright.cost.constants import constants
 from meshwright.planner.estimate import estimate
 from meshwright.planner.interval import half_width_of
+from meshwright.simulator.options import Options
+from meshwright.simulator.simulate import simulate
 from meshwright.validate.predict import (
     MOST_PRICED,
     conditions_of,
@@ -21,9 +23,11 @@ from meshwright.validate.predict import (
     log_time,
     predicted,
     prepare,
+    simulated_times,
     spread,
     step_times,
 )
+from meshwright.validate.score import Prediction
 
 OPEN: dict[str, Any] = {"micro_batch_size": None, "recompute": "", "pp": 2, "vpp": None, "num_gpus": 16}
 
@@ -39,7 +43,7 @@ def test_a_row_that_states_everything_has_one_plan_and_its_time() -> None:
     prediction = predicted(run, times, 123)
     assert (prediction.id, prediction.memory_bytes) == (run.id, 123)
     assert prediction.step_time_s == pytest.approx(plain)
-    width = half_width_of("dense")
+    width = half_width_of("dense/hopper")
     assert log(prediction.high_s / plain) == pytest.approx(width)
     assert log(plain / prediction.low_s) == pytest.approx(width)
 
@@ -115,3 +119,20 @@ def test_conditions_are_what_the_row_states() -> None:
     assert not stated.balanced
     capacity = conditions_of(run_of(row_of(routing="capacity factor 1.0", **EXPERTS)))
     assert capacity.static_experts
+
+
+def test_a_simulated_time_is_that_of_the_simulator_under_the_same_constants() -> None:
+    run = run_of(row_of(**EXPERTS, pp=2, num_gpus=16))
+    prepared = prepare(run)
+    options = Options(conditions=conditions_of(run))
+    plain = simulated_times(prepared)
+    assert plain == pytest.approx([simulate(one.plan, options).step_time_s for one in prepared.measured])
+    slower = constants().changed({"slowdown.hopper": 2 * constants().slowdown["hopper"].value})
+    assert all(one > other for one, other in zip(simulated_times(prepared, slower), plain, strict=True))
+
+
+def test_the_interval_moves_with_the_simulated_time() -> None:
+    found = Prediction("a", 2.0, 1.0, 4.0, None, "", simulated_s=3.0).as_simulated()
+    assert (found.step_time_s, found.low_s, found.high_s) == (3.0, 1.5, 6.0)
+    with pytest.raises(ValueError, match="a was not simulated"):
+        Prediction("a", 2.0, 1.0, 4.0, None, "").as_simulated()

@@ -47,6 +47,13 @@ def group_of(model: Model, cluster: Cluster) -> str:
     return "moe_efa" if over_efa else "moe_full"
 
 
+def closest(group: str, generation: str) -> str:
+    """The runs of a group whose residuals say most of a plan: those on its generation of GPUs where there are
+    enough of them, else all."""
+    narrow = f"{group}/{generation}"
+    return narrow if narrow in residuals() else group
+
+
 UNMEASURED = 2.0
 """How much wider an interval is, in logarithms, where no run of the engine, of the GPU's generation or on so
 many GPUs has been measured, or the file states what kernels reach: assumed."""
@@ -62,9 +69,11 @@ MOST_GPUS: Mapping[str, int] = {"dense": 16384, "moe_full": 256, "moe_efa": 256}
 
 @dataclass(frozen=True)
 class Width:
-    """How wide an interval is, the group of measured runs it comes from, and why it is wider than theirs."""
+    """How wide an interval is, the group of measured runs it comes from (`like`, those of the group that are
+    closest), and why it is wider than theirs."""
 
     group: str
+    like: str
     half_width: float
     wider: tuple[str, ...]
 
@@ -76,9 +85,11 @@ class Width:
     @property
     def words(self) -> str:
         """What the interval rests on."""
-        rows, most = residuals()[self.group].rows, MOST_GPUS[self.group]
-        text = f"80 % of {rows} measured {self.group} runs (at most {most:,} GPUs) lie within a factor "
-        text += f"{exp(half_width_of(self.group)):.2f}"
+        rows, most = residuals()[self.like].rows, MOST_GPUS[self.group]
+        kind, _, generation = self.like.partition("/")
+        runs = f"{kind} runs on {generation} GPUs" if generation else f"{kind} runs"
+        text = f"80 % of {rows} measured {runs} (at most {most:,} GPUs) lie within a factor "
+        text += f"{exp(half_width_of(self.like)):.2f}"
         if not self.wider:
             return text
         return f"{text}; taken here: {self.factor:.2f}, assumed, because {' and '.join(self.wider)}"
@@ -97,7 +108,8 @@ def width_of(model: Model, cluster: Cluster, engine: EngineName) -> Width:
         wider.append("the file states what kernels reach")
     elif generation_of(cluster.gpu.name) == "other":
         wider.append(f"no run on {cluster.gpu.name} has been measured")
-    return Width(group, half_width_of(group) * (UNMEASURED if wider else 1.0), tuple(wider))
+    like = closest(group, generation_of(cluster.gpu.name))
+    return Width(group, like, half_width_of(like) * (UNMEASURED if wider else 1.0), tuple(wider))
 
 
 def interval(plan: Plan, step_time_s: float) -> tuple[float, float]:
@@ -113,4 +125,4 @@ def ratio_factor(model: Model, cluster: Cluster) -> float:
     It is as wide as the interval of one measured step time, and no wider: what the model gets wrong in both
     cancels, so that nothing is added for an engine or a GPU that no run stands behind.
     """
-    return exp(half_width_of(group_of(model, cluster)))
+    return exp(half_width_of(closest(group_of(model, cluster), generation_of(cluster.gpu.name))))

@@ -56,6 +56,7 @@ def pipeline_time(
         total = _one_forward_one_backward(f, b + w, m)
     else:
         total = busy.max(axis=0) + _zero_bubble_idle(schedule, num_ranks, f, b, w)
+        total = np.where(m <= num_ranks, np.maximum(total, _unfilled(schedule, f, b, w, m)), total)
     return PipelineTime(total, busy, slack)
 
 
@@ -150,3 +151,18 @@ def _zero_bubble_idle(schedule: ScheduleName, num_ranks: int, f: Array, b: Array
             paths = ((last, 0, 0), (one - 1, last, -one), (last, one, -one), (one - 1, one, 0))
     seconds = [sum(count * t for count, t in zip(path, mean, strict=True)) for path in paths]
     return np.maximum.reduce(np.broadcast_arrays(*seconds))
+
+
+def _unfilled(schedule: ScheduleName, f: Array, b: Array, w: Array, m: Array) -> Array:
+    """The least that micro-batches take which are too few to fill a zero-bubble pipeline: the first passes
+    every stage forward and back, the others follow, and the weight gradients that nothing hides end it. From
+    mean chunk times, found by running the orders over random f, b, w. Where b and w are 0.4 to 3 times f, it
+    is within 1.4 % for ZBV; for InterleavedZeroBubble it is 2 % too little on average, 17 % at most.
+    """
+    num_chunks, num_ranks = f.shape[:2]
+    forward, inner, weight = (phase.mean(axis=(0, 1)) for phase in (f, b, w))
+    first = num_chunks * num_ranks * (forward + inner)
+    if schedule == "ZBVZeroBubble":
+        return first + 2 * weight + (m - 1) * (inner + 2 * weight + np.maximum(forward, inner))
+    late = weight + (num_chunks - 1) * np.maximum(weight - inner, 0)
+    return first + late + (m - 1) * (forward + inner)

@@ -35,7 +35,9 @@ def show_validation(validation: Validation, console: Console, full: bool = False
             f" with {validation.basis}.",
         )
     )
-    _show_times(document["groups"], console)
+    _show_times(document["groups"], console, "time", "Step time")
+    if any("simulated" in group for group in document["groups"].values()):
+        _show_times(document["groups"], console, "simulated", "Step time, simulated")
     _show_memory(document["groups"], console)
     _show_frameworks(validation, console)
     _show_refusals(validation, console, full)
@@ -54,7 +56,7 @@ def _table(console: Console, title: str, *columns: str, left: int = 1) -> Table:
     return table
 
 
-def _show_times(groups: Mapping[str, Any], console: Console) -> None:
+def _show_times(groups: Mapping[str, Any], console: Console, key: str, title: str) -> None:
     names = (
         "rows",
         "mean error",
@@ -66,9 +68,11 @@ def _show_times(groups: Mapping[str, Any], console: Console) -> None:
         "in 80 %",
         "± half",
     )
-    table = _table(console, "Step time", "", *names)
+    table = _table(console, title, "", *names)
     for name, group in groups.items():
-        time = group["time"]
+        if key not in group:
+            continue
+        time = group[key]
         table.add_row(
             TITLES[name],
             str(time["rows"]),

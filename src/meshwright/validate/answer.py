@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from meshwright.cost.constants import Constants
 from meshwright.errors import MeshwrightError
 from meshwright.validate.described import Run, describe
 from meshwright.validate.footprint import memory_bytes
-from meshwright.validate.predict import Prepared, predicted, prepare, step_times
+from meshwright.validate.predict import Prepared, predicted, prepare, simulated_times, step_times
 from meshwright.validate.progress import Progress, unheard
 from meshwright.validate.refusal import Refusal
 from meshwright.validate.rows import Row, read_rows
@@ -49,10 +52,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Validation:
-    """Predictions of a table's runs, in its order, and what was used for them."""
+    """Predictions of a table's runs, in its order, and what was used for them: `constants` by run, None for
+    those of the catalogue."""
 
     table: Table
     predictions: tuple[Prediction, ...]
+    constants: tuple[Constants | None, ...]
     basis: str
 
     @cached_property
@@ -107,7 +112,18 @@ def price(row: Row) -> Priced | Refusal:
 def validated(table: Table) -> Validation:
     """Predictions of a table with the catalogue's constants and intervals."""
     found = (predicted(one.run, step_times(one.prepared), one.memory_bytes) for one in table.priced)
-    return Validation(table, tuple(found), "the constants of the catalogue")
+    return Validation(table, tuple(found), (None,) * len(table.priced), "the constants of the catalogue")
+
+
+def with_simulation(validation: Validation, progress: Progress = unheard) -> Validation:
+    """The same, with a step of every candidate simulated under the constants of its run's prediction."""
+    runs = zip(validation.table.priced, validation.predictions, validation.constants, strict=True)
+    found = []
+    for done, (one, prediction, values) in enumerate(runs):
+        progress("rows simulated", done, len(validation.predictions))
+        seconds = float(np.exp(np.median(np.log(simulated_times(one.prepared, values)))))
+        found.append(replace(prediction, simulated_s=seconds))
+    return replace(validation, predictions=tuple(found))
 
 
 def worst_rows(scored: Iterable[Scored], count: int = 10) -> list[tuple[Scored, float]]:

@@ -11,8 +11,10 @@ import numpy as np
 
 from meshwright.cost.constants import Constants
 from meshwright.planner.estimate import Measured, compose_parts, measure
-from meshwright.planner.interval import half_width_of
+from meshwright.planner.interval import closest, half_width_of
 from meshwright.planner.prices import Conditions, prices
+from meshwright.simulator.options import Options
+from meshwright.simulator.steady import totals
 from meshwright.validate.described import Run
 from meshwright.validate.score import Prediction
 
@@ -75,6 +77,12 @@ def step_times(prepared: Prepared, values: Constants | None = None) -> Array:
     return np.stack(np.broadcast_arrays(*times))
 
 
+def simulated_times(prepared: Prepared, values: Constants | None = None) -> list[float]:
+    """Seconds of a simulated step by priced candidate, with one set of constants."""
+    options = Options(conditions=prepared.conditions, constants=values)
+    return [totals(measured.plan, options).step_time_s for measured in prepared.measured]
+
+
 def log_time(prepared: Prepared, values: Constants | None = None) -> Array:
     """Natural logarithm of the median candidate's step time, by set of constants."""
     return np.median(np.log(step_times(prepared, values)), axis=0)
@@ -87,10 +95,11 @@ def predicted(
     residuals of its group and the spread of the candidates together (independent, in logarithms)."""
     logs = np.log(times)
     centre = float(np.median(logs))
-    width = half_width_of(run.group) if half_width is None else half_width
+    like = closest(run.group, run.generation)
+    width = half_width_of(like) if half_width is None else half_width
     width = sqrt(width**2 + spread(times) ** 2)
     open_ = sorted({name for candidate in run.candidates for name in candidate.assumed})
-    words = f"80 % of {run.group} rows lie within a factor {exp(width):.2f}"
+    words = f"80 % of {like} rows lie within a factor {exp(width):.2f}"
     if open_:
         words += f"; not stated: {', '.join(open_)}"
     return Prediction(run.id, exp(centre), exp(centre - width), exp(centre + width), memory_bytes, words)

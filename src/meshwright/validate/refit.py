@@ -19,7 +19,7 @@ from meshwright.errors import InputError
 from meshwright.files import to_yaml
 from meshwright.planner.interval import Residual, residuals
 from meshwright.validate.answer import Table, Validation
-from meshwright.validate.described import GROUPS
+from meshwright.validate.described import GROUPS, Run
 from meshwright.validate.fit import STARTS, Fitted, HeldBack, cross_validated, fit, is_share
 from meshwright.validate.predict import Prepared, predicted, spread, step_times
 from meshwright.validate.progress import Progress, unheard
@@ -117,14 +117,28 @@ class Refit:
         return column / (1 - self.whole.values[name]) if is_share(name) else column
 
     def residuals(self) -> dict[str, Residual]:
-        """Half-widths of the 80 % interval by group; a group without rows keeps the catalogue's."""
-        found = dict(residuals())
-        for group in GROUPS:
-            own = [k for k, one in enumerate(self.timed) if one.run.group == group]
-            if own:
-                width = half_width(self.errors[own], self._spreads[own])
-                found[group] = Residual(half_width=round(width, 3), rows=len(own))
-        return found
+        """Half-widths of the 80 % interval by group, and by group and generation of GPU where enough rows
+        stand behind one; a group without rows keeps the catalogue's."""
+        found: dict[str, Residual] = {n: entry for n, entry in residuals().items() if n in GROUPS}
+        for name in self._names():
+            width, rows = self._width(name, frozenset())
+            if width is not None:
+                found[name] = Residual(half_width=round(width, 3), rows=rows)
+        return dict(sorted(found.items(), key=lambda item: (GROUPS.index(item[0].split("/")[0]), item[0])))
+
+    def _names(self) -> list[str]:
+        """Groups, and groups on a generation of GPUs, that some row is of."""
+        return sorted({name for one in self.timed for name in _likes(one.run)})
+
+    def _width(self, name: str, held: frozenset[int]) -> tuple[float | None, int]:
+        """The half-width of rows of a name but for those held back, and how many they are; None where there
+        are none, or of a part of a group too few."""
+        own = [k for k, one in enumerate(self.timed) if name in _likes(one.run) and k not in held]
+        recipes = {self.timed[k].run.recipe for k in own}
+        enough = len(own) >= FEWEST_ROWS and len(recipes) >= FEWEST_RECIPES
+        if not own or (name not in GROUPS and not enough):
+            return None, len(own)
+        return half_width(self.errors[own], self._spreads[own]), len(own)
 
     def validation(self) -> Validation:
         """Every run of the table predicted by constants fitted without its recipe, in an interval as wide as
@@ -133,24 +147,29 @@ class Refit:
         values = {id(fold): self.base.changed(fold.values) for fold in self.folds}
         whole = self.base.changed(self.whole.values)
         widths = self._widths()
-        found = []
+        found, used = [], []
         for one in self.table.priced:
             fold = fold_of.get(one.run.recipe)
-            times = step_times(one.prepared, values[id(fold)] if fold else whole)
-            width = widths[id(fold), one.run.group] if fold else None
+            used.append(values[id(fold)] if fold else whole)
+            times = step_times(one.prepared, used[-1])
+            known = [widths[id(fold), name] for name in _likes(one.run)] if fold else []
+            width = next((one_width for one_width in known if one_width is not None), None)
             found.append(predicted(one.run, times, one.memory_bytes, width))
         basis = f"constants fitted without the row's recipe, in {len(self.folds)} folds"
-        return Validation(self.table, tuple(found), basis)
+        return Validation(self.table, tuple(found), tuple(used), basis)
 
     def _widths(self) -> dict[tuple[int, str], float | None]:
-        """Half-widths by fold and group from all other folds; None where they have no row of the group."""
-        found: dict[tuple[int, str], float | None] = {}
-        for fold in self.folds:
-            held = set(fold.rows)
-            for group in GROUPS:
-                own = [k for k, one in enumerate(self.timed) if one.run.group == group and k not in held]
-                found[id(fold), group] = half_width(self.errors[own], self._spreads[own]) if own else None
-        return found
+        """Half-widths by fold and name from all other folds; None where they have too few rows of it."""
+        return {
+            (id(fold), name): self._width(name, frozenset(fold.rows))[0]
+            for fold in self.folds
+            for name in {*self._names(), *GROUPS}
+        }
+
+
+def _likes(run: Run) -> tuple[str, str]:
+    """Names of the rows that are like a run: of its group on its generation of GPUs, and of its group."""
+    return f"{run.group}/{run.generation}", run.group
 
 
 def refit(table: Table, base: Constants, progress: Progress = unheard) -> Refit:

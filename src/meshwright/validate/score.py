@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import mean, median
 from typing import Any
@@ -24,8 +24,8 @@ TIE = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What is predicted of one run: seconds of a step with an 80 % interval, and peak bytes of the worst GPU
-    in the measurement's own view."""
+    """What is predicted of one run: seconds of a step in closed form with an 80 % interval, and peak bytes of
+    the worst GPU in the measurement's own view; seconds of the simulated step where it was asked for."""
 
     id: str
     step_time_s: float
@@ -33,6 +33,16 @@ class Prediction:
     high_s: float
     memory_bytes: int | None
     confidence: str
+    simulated_s: float | None = None
+
+    def as_simulated(self) -> Prediction:
+        """The simulated step time in place of the closed form, in an interval of the same width in
+        logarithms. One that was not simulated raises ValueError."""
+        if self.simulated_s is None:
+            raise ValueError(f"{self.id} was not simulated")
+        ratio = self.simulated_s / self.step_time_s
+        low, high = self.low_s * ratio, self.high_s * ratio
+        return replace(self, step_time_s=self.simulated_s, low_s=low, high_s=high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,27 +69,36 @@ def score(
 
 
 def group_score(scored: Sequence[Scored]) -> dict[str, dict[str, Any]]:
-    """Time and memory of one group; None where no row stands behind a figure."""
+    """Time and memory of one group, and time by simulation where every run was simulated; None where no row
+    stands behind a figure."""
+    found = {"time": _time(scored), "memory": _memory(scored)}
+    if scored and all(s.prediction.simulated_s is not None for s in scored):
+        found["simulated"] = _time([Scored(s.run, s.prediction.as_simulated()) for s in scored])
+    return found
+
+
+def _time(scored: Sequence[Scored]) -> dict[str, Any]:
     timed = [(s.prediction, s.run.measured_s) for s in scored if s.run.measured_s]
     errors = [(p.step_time_s - measured) / measured for p, measured in timed]
     every, equal = pairs(scored), pairs(scored, _same_micro_batch)
+    return {
+        **errors_of(errors),
+        "pair_ranking": ranking(every),
+        "pairs": len(every),
+        "pair_ranking_equal_micro_batch": ranking(equal),
+        "pairs_equal_micro_batch": len(equal),
+        "coverage_80": _mean([float(p.low_s <= measured <= p.high_s) for p, measured in timed]),
+        "interval_half_width": _median([(p.high_s - p.low_s) / 2 / p.step_time_s for p, _ in timed]),
+    }
+
+
+def _memory(scored: Sequence[Scored]) -> dict[str, Any]:
     weighed = [
         (s.prediction.memory_bytes, s.run.memory.bytes)
         for s in scored
         if s.run.memory is not None and s.prediction.memory_bytes is not None
     ]
-    return {
-        "time": {
-            **errors_of(errors),
-            "pair_ranking": ranking(every),
-            "pairs": len(every),
-            "pair_ranking_equal_micro_batch": ranking(equal),
-            "pairs_equal_micro_batch": len(equal),
-            "coverage_80": _mean([float(p.low_s <= measured <= p.high_s) for p, measured in timed]),
-            "interval_half_width": _median([(p.high_s - p.low_s) / 2 / p.step_time_s for p, _ in timed]),
-        },
-        "memory": errors_of([(predicted - measured) / measured for predicted, measured in weighed]),
-    }
+    return errors_of([(predicted - measured) / measured for predicted, measured in weighed])
 
 
 def errors_of(errors: Sequence[float]) -> dict[str, Any]:
@@ -167,6 +186,7 @@ def _record(s: Scored) -> dict[str, Any]:
         "memory_bytes": s.prediction.memory_bytes,
         "measured_memory_bytes": s.run.memory.bytes if s.run.memory else None,
         "confidence": s.prediction.confidence,
+        **({} if s.prediction.simulated_s is None else {"simulated_step_time_s": s.prediction.simulated_s}),
     }
 
 
