@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jinja2
 
+from brief_steps import QUESTIONS, Steps, steps_of
 from meshwright.audit import AuditReport, Checked, audit
 from meshwright.deployment import read_deployment
 from meshwright.planner.compare import Compared
@@ -23,6 +24,8 @@ from meshwright.units import BYTES, SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "brief-audit.md"
+WIDER = 14208
+"""The expert FFN width of examples/brief-30b.yaml."""
 LENGTHS = "128,1024,4096,10240"
 SIGNS = {"holds": "✓ holds", "fails": "✗ fails", "undetermined": "? undetermined"}
 
@@ -35,6 +38,7 @@ def page() -> str:
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, autoescape=False)
     environment.filters["cell"] = _cell
     template = environment.get_template("brief_audit.md.j2")
+    compared, wider = _compared("repaired"), _compared("30b", f"model.moe_intermediate_size={WIDER}")
     names = {line.name: line for rank in reversed(brief.memory) for line in reversed(rank.lines)}
     return template.render(
         brief=brief,
@@ -47,7 +51,10 @@ def page() -> str:
         size=BYTES.format,
         words=_words,
         speed=_speed(brief),
-        compared=_compared(),
+        compared=compared,
+        variant_compared=wider,
+        simulated=_simulated(compared, wider),
+        questions=QUESTIONS,
         seconds=SECONDS.format,
         interval=interval,
         faster=verdict,
@@ -71,13 +78,24 @@ def _speed(report: AuditReport) -> list[Checked]:
     return list(found.values())
 
 
-def _compared() -> Compared:
-    """The planned layout of examples/brief-plan.yaml against examples/brief-repaired.yaml."""
-    files = {name: str(ROOT / "examples" / f"brief-{name}.yaml") for name in ("plan", "repaired")}
-    result = answered(Request(file=files["plan"], against=files["repaired"], lengths=LENGTHS, top=1))
+def _compared(against: str, *overrides: str) -> Compared:
+    """The planned layout of examples/brief-plan.yaml against another file of the examples."""
+    files = {name: str(ROOT / "examples" / f"brief-{name}.yaml") for name in ("plan", against)}
+    asked = Request(file=files["plan"], against=files[against], lengths=LENGTHS, top=1, overrides=overrides)
+    result = answered(asked)
     if result.compared is None:
         raise SystemExit("nothing fits for examples/brief-plan.yaml")
     return result.compared
+
+
+def _simulated(compared: Compared, wider: Compared) -> list[tuple[str, list[Steps]]]:
+    """The repaired and the planned layout, of the brief as it stands and of its 30 B variant."""
+    lengths = [int(length) for length in LENGTHS.split(",")]
+    found = []
+    for title, pair in (("The dimensions as stated", compared), ("The 30 B variant", wider)):
+        layouts = {"repaired": pair.against.plan, "planned": pair.planned.plan}
+        found.append((title, [steps_of(name, plan, lengths) for name, plan in layouts.items()]))
+    return found
 
 
 def _cell(text: str) -> str:
