@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from meshwright.cost.memory import memory, worst
@@ -14,6 +14,7 @@ from meshwright.planner.compare import parse_lengths
 from meshwright.planner.interval import interval
 from meshwright.planner.planned import planned
 from meshwright.policy import CHUNKED_SCHEDULES, SCHEDULES, V_SCHEDULES, ScheduleName
+from meshwright.simulator.changes import Change, changes
 from meshwright.simulator.draws import Spread
 from meshwright.simulator.experts import Placement, place_experts
 from meshwright.simulator.failures import (
@@ -116,6 +117,7 @@ class Answer:
 
     plan: Plan
     at: tuple[AtLength, ...]
+    changes: tuple[Change, ...] = ()
     schedules: tuple[ScheduleRow, ...] | None = None
     placed: Placed | None = None
     reliability: Reliability | None = None
@@ -131,6 +133,7 @@ class Answer:
         document = {"plan": self.plan.name, "digest": self.plan.digest, **self.longest.document(self.plan)}
         if len(self.at) > 1:
             document["lengths"] = [one.document(self.plan) for one in self.at]
+        document["changes"] = [asdict(change) for change in self.changes]
         if self.schedules is not None:
             document["schedules"] = [vars(row) for row in self.schedules]
         if self.placed is not None:
@@ -163,7 +166,8 @@ def answered(asked: Asked, progress: Progress) -> Answer:
     rate, spares = _failures(asked, plan, longest.step.step_time_s)
     schedules = tuple(_schedules(plan, longest.length, progress)) if asked.schedules else None
     placed = _placed(plan, asked, longest.length) if asked.place_experts else None
-    return Answer(plan, tuple(at), schedules, placed, rate, spares)
+    shorter = changes(plan, longest.length, progress)
+    return Answer(plan, tuple(at), shorter, schedules, placed, rate, spares)
 
 
 def _check(asked: Asked) -> None:

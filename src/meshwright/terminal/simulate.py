@@ -15,6 +15,8 @@ from meshwright.terminal import printable
 from meshwright.terminal.wording import duration, figures_table, interval, short_layout, short_policy
 from meshwright.units import BYTES, SECONDS
 
+MOST_CHANGES = 5
+"""Changes of a plan that are told."""
 PICTURE_MARGIN = 2
 """Columns left free beside the picture of a step."""
 
@@ -27,6 +29,7 @@ def show_simulation(answer: Answer, console: Console) -> None:
     console.print()
     console.print(_steps_table(plan, answer.at))
     _show_path(answer.longest, console)
+    _show_changes(answer, console)
     console.print()
     width = console.width - PICTURE_MARGIN
     console.print(Text(answer.longest.step.timeline().text(width), no_wrap=True))
@@ -71,6 +74,18 @@ def _show_path(at: AtLength, console: Console) -> None:
         f"{at.step.events:,} events in {SECONDS.format(at.step.wall_s)}. Kernels and links are priced as by "
         "`plan`; what is simulated is how they come together."
     )
+
+
+def _show_changes(answer: Answer, console: Console) -> None:
+    """The changes that save most, simulated: what to try next."""
+    if not answer.changes:
+        console.print("No single change that fits, of a degree or a choice, makes it shorter.")
+        return
+    console.print("What would shorten it, one change at a time, simulated:")
+    now = answer.longest.step.step_time_s
+    for change in answer.changes[:MOST_CHANGES]:
+        saved = f"{SECONDS.format(change.saved_s)} or {change.saved_s / now:.0%}"
+        console.print(f"  {change.words} saves {saved}; peak memory {BYTES.format(change.peak_memory_bytes)}")
 
 
 def _schedules_table(rows: tuple[ScheduleRow, ...]) -> Table:
