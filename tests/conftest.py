@@ -10,6 +10,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+# One thread a process, before torch is loaded: ranks that are forked from a process whose OpenMP has threads of
+# its own wait for ever.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # On a developer's machine each run draws new examples; continuous integration repeats the same ones, so that
 # a change is judged by what it changes.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
