@@ -102,7 +102,7 @@ class Bucket:
         pipelining clears gradients of modules with FSDP2 parts before its first step."""
         for member in self.members:
             grad, place = member.held.tensor.grad, self._place(member)
-            if grad is None or grad.data_ptr() != place.data_ptr():
+            if grad is None or not _is_same(grad, place):
                 place.zero_() if grad is None else place.copy_(grad)
                 member.held.tensor.grad = place
 
@@ -122,3 +122,9 @@ class Bucket:
             own.copy_(self.masters)
         if self.divided:
             all_gather_single(self.weights, own, group=self.group)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of a size start at the same element of the same storage."""
+    storages = one.untyped_storage()._cdata, other.untyped_storage()._cdata
+    return storages[0] == storages[1] and one.storage_offset() == other.storage_offset()

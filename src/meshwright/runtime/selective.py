@@ -32,7 +32,13 @@ class _Recipe:
 
 
 _recipes: dict[int, tuple[weakref.ref[Tensor], _Recipe]] = {}
-"""By the address of a living result's storage."""
+"""By a living result's storage."""
+
+
+def _storage(tensor: Tensor) -> int:
+    """A number that the storages alive have each for themselves; tensors without values have one too, and no
+    address."""
+    return tensor.untyped_storage()._cdata
 
 
 class _Remade(torch.autograd.Function):
@@ -58,9 +64,9 @@ def remade(compute: Compute, *inputs: Tensor) -> Tensor:
     """compute(*inputs), made again wherever backward needs it. `compute` must not communicate nor draw."""
     out = _Remade.apply(compute, *inputs)
     if torch.is_grad_enabled():
-        address = out.untyped_storage().data_ptr()
+        place = _storage(out)
         recipe = _Recipe(compute, tuple(x.detach() for x in inputs))
-        _recipes[address] = (weakref.ref(out, lambda _: _recipes.pop(address, None)), recipe)
+        _recipes[place] = (weakref.ref(out, lambda _: _recipes.pop(place, None)), recipe)
     return out
 
 
@@ -69,7 +75,7 @@ _Kept = Tensor | tuple[_Recipe, Any, Any, Any]
 
 
 def _pack(tensor: Tensor) -> _Kept:
-    known = _recipes.get(tensor.untyped_storage().data_ptr())
+    known = _recipes.get(_storage(tensor))
     made = None if known is None else known[0]()
     if known is None or made is None or made.dtype != tensor.dtype:
         return tensor
