@@ -89,7 +89,7 @@ parity: $(FULL)  ## train every layout of docs/parity.md against one process and
 	$(BIN)/python tools/parity.py
 
 accuracy: $(FULL)  ## fit the constants to measured runs, score them with recipes held back, write docs/accuracy.md
-	$(BIN)/meshwright validate $(RUNS) --fit $(CATALOG)/constants.yaml --residuals $(CATALOG)/residuals.yaml
+	$(BIN)/meshwright validate $(RUNS) --fit $(CATALOG)/constants.yaml --residuals $(CATALOG)/residuals.yaml --simulate
 	$(BIN)/python tools/accuracy.py --refit
 
 clean:  ## remove what was built; .venv stays

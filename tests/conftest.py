@@ -10,8 +10,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# One thread a process, before torch is loaded: ranks forked from a process whose OpenMP has threads of its own
-# wait for ever.
+# One thread a process, before torch is loaded: ranks forked from a process whose OpenMP has threads of its
+# own wait for ever.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # On a developer's machine each run draws new examples; continuous integration repeats the same ones, so that

@@ -62,7 +62,7 @@ def keep() -> None:
     """Predict every run with its recipe held back, and keep predictions and scores."""
     with progress_bar() as progress:
         table = read_table(RUNS, progress)
-        fitted = refit(table, constants(), progress)
+        fitted = refit(table, constants(), progress, by_simulation=True)
         single = validated(read_table(SINGLE_NODE, progress))
         held = with_simulation(fitted.validation(), progress)
     shipped = validated(table)

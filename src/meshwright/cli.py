@@ -330,7 +330,7 @@ def validate(
         typer.Option(metavar="FILE", help="Write the widths of the 80 % intervals there; cross-validates."),
     ] = None,
     simulated: Annotated[
-        bool, typer.Option("--simulate", help="Simulate each row's step too, and score that beside it.")
+        bool, typer.Option("--simulate", help="Simulate each row's step too, score and fit by that.")
     ] = False,
 ) -> None:
     """Predict measured runs, and score step time, ranking and memory."""
@@ -356,18 +356,20 @@ def _validation(
     with progress_bar() as progress:
         table = read_table(file, progress)
         if cross_validate or fit or residuals:
-            validation = _fitted(table, fit, residuals, progress)
+            validation = _fitted(table, fit, residuals, simulated, progress)
         else:
             validation = validated(table)
         return with_simulation(validation, progress) if simulated else validation
 
 
-def _fitted(table: Table, fit: str | None, residuals: str | None, progress: Progress) -> Validation:
+def _fitted(
+    table: Table, fit: str | None, residuals: str | None, simulated: bool, progress: Progress
+) -> Validation:
     from meshwright.cost.constants import constants
     from meshwright.files import write_text
     from meshwright.validate.refit import constants_text, refit, residuals_text
 
-    fitted = refit(table, constants(), progress)
+    fitted = refit(table, constants(), progress, simulated)
     if fit is not None:
         write_text(fit, constants_text(fitted.constants()))
     if residuals is not None:

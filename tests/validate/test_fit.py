@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from math import log
 
 import numpy as np
 import pytest
 from tests.validate import synthetic
+from tests.validate.run_rows import EXPERTS, row_of
 
 from meshwright.cost.constants import Constants, constants
 from meshwright.errors import InputError
@@ -17,7 +19,7 @@ from meshwright.planner.interval import Residual, residuals
 from meshwright.validate import fit as fitting
 from meshwright.validate.answer import Priced, Table
 from meshwright.validate.fit import FOLDS, STARTS, Fitted, cross_validated, fit, folds, is_share
-from meshwright.validate.predict import error_of
+from meshwright.validate.predict import error_of, log_time, prepare, simulated, simulated_times
 from meshwright.validate.refit import Refit, constants_text, half_width, refit, residuals_text
 
 
@@ -163,3 +165,16 @@ def test_a_half_width_holds_four_of_five_errors(spread: float) -> None:
     assert inside.sum() == 80
     assert half_width([0.01, 0.02], [0.5, 0.5]) == 0.0, "the candidates' spread is wide enough"
     assert half_width([0.3], [0.0]) == pytest.approx(0.3)
+
+
+def test_a_fit_by_simulation_is_one_to_simulated_times() -> None:
+    """What a simulation takes beyond the closed form is known by candidate, and no part of the error."""
+    run = synthetic.run_of(row_of(**EXPERTS, pp=2, num_gpus=16, iteration_time_s=3.0))
+    plain = prepare(run)
+    known = simulated(plain)
+    expected = np.median(np.log(simulated_times(plain)))
+    assert float(log_time(known)[0]) == pytest.approx(float(expected), abs=1e-12)
+    assert float(error_of(known)[0]) == pytest.approx(float(expected) - log(3.0), abs=1e-12)
+    slower = constants().changed({"slowdown.hopper": 1.05 * constants().slowdown["hopper"].value})
+    again = np.median(np.log(simulated_times(plain, slower)))
+    assert float(log_time(known, slower)[0]) == pytest.approx(float(again), abs=2e-3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, log, sqrt
 from typing import Any
 
@@ -27,11 +27,16 @@ _SPREAD_80 = 1.2816
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run whose candidates are priced by curves, so that only the constants are left to choose."""
+    """A run whose candidates are priced by curves, so that only the constants are left to choose.
+
+    `beyond` is the logarithm of what a simulation takes over the closed form, by candidate, under constants
+    near those to be chosen: with it a fit is one to simulated step times, which it could not afford to run.
+    """
 
     run: Run
     conditions: Conditions
     measured: tuple[Measured, ...]
+    beyond: tuple[float, ...] = ()
 
 
 def conditions_of(run: Run) -> Conditions:
@@ -84,8 +89,19 @@ def simulated_times(prepared: Prepared, values: Constants | None = None) -> list
 
 
 def log_time(prepared: Prepared, values: Constants | None = None) -> Array:
-    """Natural logarithm of the median candidate's step time, by set of constants."""
-    return np.median(np.log(step_times(prepared, values)), axis=0)
+    """Natural logarithm of the median candidate's step time, by set of constants; simulated where it is known
+    how far that lies beyond the closed form."""
+    logs = np.log(step_times(prepared, values))
+    if prepared.beyond:
+        logs = logs + np.array(prepared.beyond)[:, None]
+    return np.median(logs, axis=0)
+
+
+def simulated(prepared: Prepared, values: Constants | None = None) -> Prepared:
+    """The run with how far its simulated steps lie beyond the closed form."""
+    closed = step_times(prepared, values)[:, 0]
+    found = np.log(simulated_times(prepared, values)) - np.log(closed)
+    return replace(prepared, beyond=tuple(found.tolist()))
 
 
 def predicted(

@@ -21,7 +21,7 @@ from meshwright.planner.interval import Residual, residuals
 from meshwright.validate.answer import Table, Validation
 from meshwright.validate.described import GROUPS, Run
 from meshwright.validate.fit import STARTS, Fitted, HeldBack, cross_validated, fit, is_share
-from meshwright.validate.predict import Prepared, predicted, spread, step_times
+from meshwright.validate.predict import Prepared, predicted, simulated, spread, step_times
 from meshwright.validate.progress import Progress, unheard
 
 Array = Any
@@ -58,19 +58,16 @@ class Support:
 class Refit:
     """Constants fitted on a table, and on each part of it that leaves some recipes out.
 
-    `rows` are the positions of the table's timed runs; `HeldBack.rows` count among them.
+    `rows` are the positions of the table's timed runs, `timed` these as they were fitted; `HeldBack.rows`
+    count among them.
     """
 
     table: Table
     base: Constants
     rows: list[int]
+    timed: list[Prepared]
     whole: Fitted
     folds: list[HeldBack]
-
-    @cached_property
-    def timed(self) -> list[Prepared]:
-        """The timed runs, in order."""
-        return [self.table.priced[index].prepared for index in self.rows]
 
     @cached_property
     def errors(self) -> Array:
@@ -90,7 +87,8 @@ class Refit:
         """The fitted constants, each with the rows and the folds that stand behind it; what no row moves
         keeps the base's entry."""
         recipes = len({one.run.recipe for one in self.timed})
-        rows = f"fitted to {len(self.rows)} rows of {recipes} recipes with meshwright validate --fit; "
+        how = " --simulate" if any(one.beyond for one in self.timed) else ""
+        rows = f"fitted to {len(self.rows)} rows of {recipes} recipes with meshwright validate --fit{how}; "
         changed = self.base
         for name, support in self.supports().items():
             value = float(f"{self.whole.values[name]:.{_DIGITS}g}")
@@ -172,19 +170,30 @@ def _likes(run: Run) -> tuple[str, str]:
     return f"{run.group}/{run.generation}", run.group
 
 
-def refit(table: Table, base: Constants, progress: Progress = unheard) -> Refit:
-    """Fit the constants on a table's timed runs, and again without each fold of recipes.
+def refit(table: Table, base: Constants, progress: Progress = unheard, by_simulation: bool = False) -> Refit:
+    """Fit the constants on a table's timed runs, and again without each fold of recipes: to the closed form,
+    or `by_simulation` to simulated step times.
 
     Raises InputError where there are too few to tell.
     """
     rows = table.timed()
     timed = [table.priced[index].prepared for index in rows]
+    if by_simulation:
+        timed = _simulated(timed, base, progress)
     recipes = {one.run.recipe for one in timed}
     if len(rows) < FEWEST_ROWS or len(recipes) < FEWEST_RECIPES:
         rule = f"a fit needs at least {FEWEST_ROWS} rows with a step time, of {FEWEST_RECIPES} recipes"
         raise InputError(table.name, f"{len(rows)} rows of {len(recipes)} recipes", rule)
     whole = fit(timed, base, progress=progress)
-    return Refit(table, base, rows, whole, cross_validated(timed, base, whole, progress))
+    return Refit(table, base, rows, timed, whole, cross_validated(timed, base, whole, progress))
+
+
+def _simulated(timed: Sequence[Prepared], base: Constants, progress: Progress) -> list[Prepared]:
+    found = []
+    for done, one in enumerate(timed):
+        progress("rows simulated", done, len(timed))
+        found.append(simulated(one, base))
+    return found
 
 
 def half_width(errors: Sequence[float], spreads: Sequence[float]) -> float:
