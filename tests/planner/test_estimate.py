@@ -20,6 +20,8 @@ from meshwright.plan import Plan, resolve
 from meshwright.planner.estimate import StepTime, compose, estimate, measure
 from meshwright.planner.prices import Conditions, prices
 from meshwright.planner.routing import fanout_of
+from meshwright.simulator.options import Options
+from meshwright.simulator.simulate import simulate
 from meshwright.workload import Lognormal, RoutingCounts, Zipf
 
 DENSE = {
@@ -165,6 +167,36 @@ def test_constants_can_be_changed_without_pricing_again() -> None:
     changed = constants().changed({"slowdown.hopper": 2 * constants().slowdown["hopper"].value})
     slower = compose(measured, prices(mine.cluster, "bf16", "megatron", stated, changed))
     assert slower.parts["compute"] > 1.5 * compose(measured, priced).parts["compute"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dispatcher", "ep", "pays"),
+    [
+        ("efa", "deepep", 16, True),
+        ("efa", "alltoall", 16, False),
+        ("ib", "deepep", 16, False),
+        ("efa", "deepep", 8, False),
+    ],
+)
+def test_an_exchange_from_kernels_pays_for_efa(kind: str, dispatcher: str, ep: int, pays: bool) -> None:
+    """Four exchanges a layer and micro-batch, forward and back: each pays the constant where it leaves a node
+    over EFA, and no other does."""
+    links = [
+        {"name": "node", "gpus": 8, "kind": "nvlink", "bandwidth": "450 GB/s", "latency": "3 us"},
+        {"name": "fabric", "kind": kind, "bandwidth": "50 GB/s", "latency": "8 us"},
+    ]
+    mine = plan(cluster={"links": links}, layout={"ep": ep}, policy={"dispatcher": dispatcher})
+    priced = {
+        seconds: prices(mine.cluster, "bf16", "megatron", None, constants().changed({"efa": seconds}))
+        for seconds in (0.0, 1e-3)
+    }
+    free, paid = (compose(measure(mine, one, Conditions()), one).parts["ep"] for one in priced.values())
+    exchanges = 4 * mine.model.num_hidden_layers * mine.num_micro_batches
+    assert paid - free == pytest.approx(exchanges * 1e-3 if pays else 0.0, abs=1e-12)
+    simulated = [
+        simulate(mine, Options(constants=one.constants)).exposed_comm_s["ep"] for one in priced.values()
+    ]
+    assert simulated[1] - simulated[0] == pytest.approx(paid - free, abs=1e-9)
 
 
 def test_a_file_with_a_flat_efficiency_is_not_slowed_down_on_top() -> None:

@@ -49,7 +49,8 @@ class Constants(Noun):
     of a dense block, of a block with experts whose sizes come back from the GPU, and from a captured graph.
     `hidden`: shares of communication that run beside compute where an era overlaps it. `fp8_cast`: how much
     of what casting to fp8 takes alone shows inside a step. `network`: slowdown of links that leave a node;
-    `efa`: of the experts' exchange over EFA on top. `step`: seconds per step outside the model, today and in
+    `efa`: seconds that an exchange of DeepEP or HybridEP takes longer over EFA, which no GPU can start a
+    transfer on: threads of the host send for it. `step`: seconds per step outside the model, today and in
     the software of 2021 (`early`). `natural_routing`: load of the fullest rank over the mean where routing
     is real and not described.
     """

@@ -53,7 +53,7 @@ class Prices:
     memory: float
     attention: float
     network: float
-    exchange: float
+    exchange_s: float
     step_s: float
     graphs: GraphScope
     static_experts: bool
@@ -107,7 +107,7 @@ def prices(
         memory=1.0 if flat else fitted.memory.value,
         attention=era.attention_slowdown(generation),
         network=fitted.network.value,
-        exchange=fitted.efa.value if any(link.kind == "efa" for link in cluster.links) else 1.0,
+        exchange_s=fitted.efa.value if any(link.kind == "efa" for link in cluster.links) else 0.0,
         step_s=0.0 if flat else fitted.step["usual" if era.step is None else era.step.value].value,
         graphs=stated.graphs or ("partial" if era.launches_graphs(cluster.gpu.name) else "none"),
         static_experts=stated.static_experts,

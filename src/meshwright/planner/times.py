@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.cluster import Cluster
-from meshwright.cost.collectives import UNIFORM, Fanout, collective_seconds
+from meshwright.cost.collectives import ONCE_PER_DOMAIN, UNIFORM, Fanout, collective_seconds
 from meshwright.cost.compute import ComputeRates, compute_seconds
 from meshwright.cost.placement import Group, group_on
 from meshwright.ir.graph import CollectiveKind, OpKind
@@ -37,6 +37,7 @@ PARTS = ("compute", *AXES, "host")
 _OVERLAPPED_AS = {"tp": "tensor", "etp": "tensor", "cp": "context", "ep": "expert", "dp": "gather"}
 _PRECISE = ("head", ".router", ".shared_gate")
 """Matmuls that fp8 recipes keep in bf16 (Megatron-LM and DeepSeek-V3, arXiv:2412.19437 §3.3.1)."""
+_EXCHANGES = (".moe.dispatch", ".moe.combine")
 _MATMULS = (OpKind.MATMUL, OpKind.GROUPED_MATMUL)
 _CAST_BYTES = {"tensor": 9.0, "block": 4.4}
 """Casting one bf16 element by recipe, amplitudes and transposes included: what published fp8 matmuls with
@@ -53,8 +54,9 @@ BlockTimes = dict[Phase, PhaseParts]
 """Seconds by phase and part (PARTS): what a block takes inside a step."""
 KernelTimes = dict[Phase, PhaseParts]
 """Seconds by phase of kernels alone (KERNELS), `casts` (casting each fp8 operand once) and communication by
-axis, inside a node and `outside`, none of it hidden; and how many ops the phase launches, those on routed
-tokens (`launches_experts`) apart from the others (`launches`)."""
+axis, inside a node and `outside`, none of it hidden; how many ops the phase launches, those on routed
+tokens (`launches_experts`) apart from the others (`launches`); and how many exchanges leave a node in
+kernels of their own (`proxied`), which EFA hands to threads of the host."""
 
 
 def outside(axis: str) -> str:
@@ -130,6 +132,7 @@ def kernel_times(
         # Among many layouts some have one rank along an axis, and launch nothing there.
         for name, routed in (("launches", False), ("launches_experts", True)):
             parts[name] = sum(_launches(task, prices) for task in of_phase if is_routed(task) is routed)
+        parts["proxied"] = sum(proxied(task, groups, running) for task in of_phase)
         times[phase] = parts
     return times
 
@@ -188,8 +191,8 @@ def compute_in_step(kernels: PhaseParts, prices: Prices) -> Array:
 
 def comm_in_step(seconds: Mapping[str, Array], axis: str, prices: Prices) -> Array:
     """Seconds of communication along an axis inside a step: links between nodes are shared."""
-    shared = prices.network * (prices.exchange if axis == "ep" else 1.0)
-    return seconds[axis] + shared * seconds[outside(axis)]
+    found = seconds[axis] + prices.network * seconds[outside(axis)]
+    return found + prices.exchange_s * seconds.get("proxied", 0.0) if axis == "ep" else found
 
 
 def exposed(comm_s: Array, compute_s: Array, hidden: Array) -> Array:
@@ -263,6 +266,16 @@ def _cast_bytes(task: ComputeTask, prices: Prices) -> Array:
     m, n, k = task.sizes[-3:]
     width = {"forward": k, "recompute": k, "input_gradient": n}.get(task.phase, 0)
     return _CAST_BYTES[prices.fp8_recipe] * m * width
+
+
+def proxied(task: Task, groups: Mapping[str, Group], running: Running) -> Array:
+    """1 for an exchange of tokens between nodes by a library that sends from its kernels (DeepEP, HybridEP),
+    which takes their weights and counts along; else 0."""
+    if not isinstance(task, CommTask) or not task.name.endswith(_EXCHANGES):
+        return 0
+    group = groups[task.axis]
+    leaves = np.less(group.inner, group.ranks)
+    return leaves * 1 if running.dispatcher in ONCE_PER_DOMAIN else 0
 
 
 def price_collective(

@@ -30,6 +30,7 @@ from meshwright.planner.times import (
     outside,
     price_collective,
     price_op,
+    proxied,
 )
 
 Array = Any
@@ -128,7 +129,8 @@ def _priced(
     if isinstance(first, CommTask):
         axis = "dp" if first.axis in DATA_AXES else first.axis
         near, far = price_collective(first, prices, groups, running)
-        seconds = comm_in_step({axis: near, outside(axis): far}, axis, prices)
+        sent = {axis: near, outside(axis): far, "proxied": proxied(first, groups, running)}
+        seconds = comm_in_step(sent, axis, prices)
         tier = tier_of(groups[first.axis])
         return Part(_within(block, first.name), first.kind.value, axis, tier), seconds
     kernels: dict[str, Array] = dict.fromkeys((*KERNELS, "casts"), 0.0)

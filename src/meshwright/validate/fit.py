@@ -37,7 +37,7 @@ STARTS: dict[str, tuple[float, float]] = {
     "hidden.expert": (0.6, 1.0),
     "fp8_cast": (0.4, 0.5),
     "network": (1.1, 0.2),
-    "efa": (1.5, 0.5),
+    "efa": (5e-4, 0.7),
     "step.usual": (20e-3, 0.7),
     "step.early": (20e-3, 0.7),
 }
