@@ -42,6 +42,8 @@ LEVEL_OF = {
     "timeline": "nouns",
     "report": "nouns",
     "calibration": "nouns",
+    "machine": "nouns",
+    "efficiency_table": "nouns",
     # what happens, how much of it
     "ir": "ir",
     "cost": "cost",
@@ -54,6 +56,8 @@ LEVEL_OF = {
     "simulator": "simulator",
     "runtime": "runtime",
     "validate": "validate",
+    # measured on the machine at hand
+    "calibrating": "measuring",
     # what people see
     "terminal": "terminal",
     "simulation": "simulation",
@@ -62,6 +66,8 @@ LEVEL_OF = {
     "page": "page",
     "cli": "cli",
     "delivery": "cli",
+    "machine_commands": "cli",
+    "validating": "cli",
     "__main__": "main",
     "__init__": "package",
 }
@@ -86,17 +92,34 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": IR | {"runtime"},
     "validate": COST | {"validate", "verify", "planner", "simulator"},  # scores what both predict
     "simulation": CONSUMERS | {"simulation"},
-    "terminal": CONSUMERS | {"terminal", "validate", "simulation"},
-    "training": CONSUMERS | {"terminal", "training"},
+    "measuring": CONSUMERS | {"measuring"},
+    "terminal": CONSUMERS | {"terminal", "validate", "simulation", "measuring"},
+    "training": CONSUMERS | {"terminal", "training", "measuring"},
     "export": CONSUMERS | {"export"},
     "page": CONSUMERS | {"page"},
-    "cli": CONSUMERS | {"terminal", "validate", "training", "simulation", "export", "page", "cli", "package"},
+    "cli": CONSUMERS
+    | {
+        "terminal",
+        "validate",
+        "training",
+        "simulation",
+        "measuring",
+        "export",
+        "page",
+        "cli",
+        "package",
+    },
     "main": {"cli", "ground"},
     "package": CONSUMERS,
 }
 # Step times need numpy, which most audits do without (docs/decisions/0011).
 # The simulator prices tasks by the planner's functions, and the planner's finalists run in it (0016).
-MAY_IMPORT_IN_A_FUNCTION = {"training": {"runtime"}, "audit": {"planner"}, "planner": {"simulator"}}
+MAY_IMPORT_IN_A_FUNCTION = {
+    "training": {"runtime"},
+    "measuring": {"runtime"},
+    "audit": {"planner"},
+    "planner": {"simulator"},
+}
 
 THIRD_PARTY = {"pydantic", "pydantic_core", "yaml", "rich", "typer"}
 """What every level may import."""

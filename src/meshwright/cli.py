@@ -15,13 +15,12 @@ import typer
 from meshwright import __version__
 from meshwright.delivery import BROKEN_PIPE, deliver, discard_the_rest, present, say, tell
 from meshwright.errors import InputError
+from meshwright.machine_commands import register, with_calibration
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from meshwright.deployment import Deployment, Placement, PlacementT
-    from meshwright.validate.answer import Table, Validation
-    from meshwright.validate.progress import Progress
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """The error of a wrong command line: typer carries its own parser or uses click's, by version."""
@@ -46,6 +45,13 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file: layout.tp=4. Repeatable."),
 ]
 Full = Annotated[bool, typer.Option("--full", help="Show every formula, memory line and reason.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Price ops and collectives by what `calibrate` measured there."),
+]
+History = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Say how far predictions of the runs there were off.")
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 when something checked does not hold.")]
 
 
@@ -175,6 +181,8 @@ def plan(
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="PATH", help="Write the best plan's file there.")
     ] = None,
+    calibration: Calibration = None,
+    history: History = None,
     overrides: Overrides = None,
 ) -> None:
     """Search layouts and policies for the fastest that fit."""
@@ -184,7 +192,8 @@ def plan(
     for path in (file, against):
         if path is not None:
             guard_input(path, output)
-    asked = (explain, scaling, target, top, tuple(overrides or ()), against, lengths)
+    changes = with_calibration(overrides, calibration)
+    asked = (explain, scaling, target, top, changes, against, lengths)
     request = Request(file, model, gpu, gpus, batch, seq, *asked)
     with progress_bar() as progress:
         result = answered(request, progress)
@@ -237,6 +246,8 @@ def simulate(
     svg: Annotated[str | None, typer.Option(metavar="FILE", help="Write a Gantt chart there.")] = None,
     as_json: Json = False,
     output: Output = None,
+    calibration: Calibration = None,
+    history: History = None,
     overrides: Overrides = None,
 ) -> None:
     """Run a step event by event: its timeline and its critical path."""
@@ -246,9 +257,8 @@ def simulate(
     for flag, path in (("--output", output), ("--trace", trace), ("--svg", svg)):
         guard_input(file, path, flag)
     drawn = (lengths, samples, stragglers, seed, every_rank)
-    asked = Asked(
-        file, tuple(overrides or ()), *drawn, schedules, place_experts, failures, checkpoint, trace, svg
-    )
+    changes = with_calibration(overrides, calibration)
+    asked = Asked(file, changes, *drawn, schedules, place_experts, failures, checkpoint, trace, svg)
     with progress_bar() as progress:
         answer = answered(asked, progress)
 
@@ -334,9 +344,11 @@ def validate(
     ] = False,
 ) -> None:
     """Predict measured runs, and score step time, ranking and memory."""
+    from meshwright.validating import validation_of
+
     for flag, path in (("--output", output), ("--fit", fit), ("--residuals", residuals)):
         guard_input(file, path, flag)
-    validation = _validation(file, cross_validate, fit, residuals, simulated)
+    validation = validation_of(file, cross_validate, fit, residuals, simulated)
 
     def show(console: Console) -> None:
         from meshwright.terminal.validate import show_validation
@@ -344,37 +356,6 @@ def validate(
         show_validation(validation, console, full)
 
     present(lambda: validation.document, show, as_json, output)
-
-
-def _validation(
-    file: str, cross_validate: bool, fit: str | None, residuals: str | None, simulated: bool
-) -> Validation:
-    """Predictions of a table; the fit's files are written where they are asked for."""
-    from meshwright.terminal.progress import progress_bar
-    from meshwright.validate.answer import read_table, validated, with_simulation
-
-    with progress_bar() as progress:
-        table = read_table(file, progress)
-        if cross_validate or fit or residuals:
-            validation = _fitted(table, fit, residuals, simulated, progress)
-        else:
-            validation = validated(table)
-        return with_simulation(validation, progress) if simulated else validation
-
-
-def _fitted(
-    table: Table, fit: str | None, residuals: str | None, simulated: bool, progress: Progress
-) -> Validation:
-    from meshwright.cost.constants import constants
-    from meshwright.files import write_text
-    from meshwright.validate.refit import constants_text, refit, residuals_text
-
-    fitted = refit(table, constants(), progress, simulated)
-    if fit is not None:
-        write_text(fit, constants_text(fitted.constants()))
-    if residuals is not None:
-        write_text(residuals, residuals_text(fitted.residuals()))
-    return fitted.validation()
 
 
 @app.command()
@@ -400,3 +381,6 @@ def guard_input(file: str, output: str | None, flag: str = "--output") -> None:
         raise InputError("FILE", file, "standard input is not read; give the path of a file")
     if output and os.path.exists(output) and os.path.exists(file) and os.path.samefile(output, file):
         raise InputError(flag, output, "the file that is read would be overwritten")
+
+
+register(app)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, model_validator
 
+from meshwright.efficiency_table import EfficiencyTable, read_table
 from meshwright.errors import InputError
 from meshwright.files import Noun, decode
 from meshwright.gpus import assumed_figures, assumed_node_size, gpu_named, machine_of
@@ -30,6 +31,7 @@ class Cluster(Noun):
     gpu: Gpu
     links: tuple[Link, ...]
     efficiency: Efficiency | None = None
+    calibration: EfficiencyTable | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Cluster:
@@ -98,8 +100,19 @@ def _check_tiers(cluster: Cluster) -> None:
         raise InputError(f"links[{len(cluster.links) - 1}].gpus", inner, rule, [total])
 
 
+def _read_calibration(value: object) -> object:
+    return read_table(value) if isinstance(value, str) else value
+
+
 def _read_gpu(value: object) -> object:
     return gpu_named(value) if isinstance(value, str) else value
+
+
+CalibrationInFile = Annotated[
+    EfficiencyTable,
+    BeforeValidator(_read_calibration, json_schema_input_type=str | EfficiencyTable),
+]
+"""A table that `calibrate` wrote, by its path; a plan holds the table itself."""
 
 
 class ClusterRequest(Noun):
@@ -110,6 +123,7 @@ class ClusterRequest(Noun):
     gpu: Annotated[Gpu, BeforeValidator(_read_gpu, json_schema_input_type=str | Gpu)]
     links: tuple[Link, ...] | None = None
     efficiency: Efficiency | None = None
+    calibration: CalibrationInFile | None = None
 
     def resolve(self) -> tuple[Cluster, dict[str, str]]:
         """The cluster with catalogue defaults filled in, and which keys were filled with their reason."""
@@ -131,7 +145,8 @@ class ClusterRequest(Noun):
             for key, value, why in assumed_figures(self.gpu.name):
                 used[f"cluster.{key}"] = f"{value}: assumed, {why}"
         fields = {"nodes": self.nodes, "gpus_per_node": per_node, "gpu": self.gpu, "links": links}
-        return decode(Cluster, {**fields, "efficiency": self.efficiency}, "cluster"), used
+        beside = {"efficiency": self.efficiency, "calibration": self.calibration}
+        return decode(Cluster, {**fields, **beside}, "cluster"), used
 
 
 def _described(link: Link) -> str:
@@ -144,6 +159,7 @@ class LocalRequest(Noun):
     """`cluster: {local: 8}`: eight processes of the machine at hand, each with its share of it."""
 
     local: Count
+    calibration: CalibrationInFile | None = None
 
     @model_validator(mode="after")
     def _is_startable(self) -> LocalRequest:
@@ -154,6 +170,7 @@ class LocalRequest(Noun):
     def resolve(self) -> tuple[Cluster, dict[str, str]]:
         """The local machine as a one-node cluster; its rates are assumed until they are calibrated."""
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // self.local
+        table = self.calibration
         cpu = {
             "name": LOCAL_GPU,
             "memory": f"{memory} B",
@@ -165,7 +182,10 @@ class LocalRequest(Noun):
             "cluster.gpu": f"{self.local} processes share this machine; its rates are assumed, not measured",
             "cluster.links": "1 GB/s and 50 us between processes: assumed, not measured",
         }
-        fields = {"nodes": 1, "gpus_per_node": self.local, "gpu": cpu, "links": [link]}
+        if table is not None:
+            words = f"prices of ops and collectives, measured on {table.date}: {table.machine.words}"
+            used["cluster.calibration"] = words
+        fields = {"nodes": 1, "gpus_per_node": self.local, "gpu": cpu, "links": [link], "calibration": table}
         return decode(Cluster, fields, "cluster"), used
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -152,6 +153,8 @@ def read_placement(path: str | Path, noun: type[PlacementT], overrides: Sequence
     """A placement or a whole deployment in a YAML file, with `--set` overrides. Raises InputError with the
     key's path."""
     document = read_yaml(path)
+    if document.get("cluster") == "local":  # so that an override has a mapping to change
+        document["cluster"] = {"local": os.cpu_count() or 1}
     for key in PLAN_KEYS:  # a plan is a deployment with every field resolved, and may stand for one
         document.pop(key, None)
     return _from(noun, apply_overrides(document, overrides), Path(path).parent)
@@ -169,6 +172,9 @@ def deployment_from(document: dict[str, Any], folder: Path) -> Deployment:
 
 def _from(noun: type[PlacementT], document: dict[str, Any], folder: Path) -> PlacementT:
     changed = dict(document)
+    cluster = changed.get("cluster")
+    if isinstance(cluster, dict) and isinstance(cluster.get("calibration"), str):
+        changed["cluster"] = {**cluster, "calibration": str(folder / cluster["calibration"])}
     if "model" in changed:
         changed["model"] = read_model(changed["model"], folder)
     workload = changed.get("workload")

@@ -38,6 +38,7 @@ MAX_FILE_BYTES = 1_000_000
 MAX_DEPTH = 32
 MAX_NODES = 100_000
 _MAX_DIGITS = 60
+_LONG_LINE = 1000
 
 _Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -237,9 +238,20 @@ def _set(document: dict[str, Any], path: str, value: object) -> None:
     place[last] = value
 
 
-def to_yaml(document: Mapping[str, Any]) -> str:
-    """YAML text that `parse_yaml` reads back to an equal mapping; keys keep their order."""
-    return str(yaml.dump(dict(document), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
+def to_yaml(document: Mapping[str, Any], rows_in_lines: bool = False) -> str:
+    """YAML text that `parse_yaml` reads back to an equal mapping; keys keep their order. `rows_in_lines` puts
+    each mapping that holds no other one into a line."""
+    style = None if rows_in_lines else False
+    width = _LONG_LINE if rows_in_lines else 110
+    text = yaml.dump(
+        dict(document),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=width,
+        default_flow_style=style,
+    )
+    return str(text)
 
 
 def write_text(path: str | Path, text: str) -> None:

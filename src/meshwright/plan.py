@@ -51,7 +51,13 @@ class Plan(Noun):
     @property
     def digest(self) -> str:
         """First 16 hex digits of the SHA-256 over everything that changes what runs."""
-        document = self.model_dump(mode="json", exclude={"defaults", "name", "predictions"})
+        beside: dict[str, Any] = {
+            "defaults": True,
+            "name": True,
+            "predictions": True,
+            "cluster": {"calibration"},
+        }
+        document = self.model_dump(mode="json", exclude=beside)
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

@@ -77,16 +77,32 @@ def _of(
 ) -> tuple[str, Basis, float]:
     """A task's shape or link in words, where its price comes from, and its seconds."""
     if isinstance(task, ComputeTask):
-        basis = compute_basis(rates_of(task, priced), task.kind, task.phase, task.sizes)
+        basis = _op_basis(task, priced)
         sizes = "×".join(f"{size:,}" for size in task.sizes)
         parts: Any = price_op(task, priced, running)
         return f"{task.kind.value} {sizes} ({_short(task.name)})", basis, float(sum(parts.values()))
     assert isinstance(task, CommTask)
     group = groups[task.axis]
-    basis = collective_basis(priced.links, task.kind, task.bytes, group, running.dispatcher)
+    basis = _collective_basis(task, priced, group, running)
     where = _link(plan, group)
     near, far = price_collective(task, priced, groups, running)
     return f"{task.kind.value} over {task.axis} of {task.num_ranks} on {where}", basis, float(near + far)
+
+
+def _op_basis(task: ComputeTask, priced: Prices) -> Basis:
+    """By the machine's own table where it has the op, else by the curves."""
+    found = "assumed" if priced.measured is None else priced.measured.op_basis(task)
+    if found != "assumed":
+        return found
+    return compute_basis(rates_of(task, priced), task.kind, task.phase, task.sizes)
+
+
+def _collective_basis(task: CommTask, priced: Prices, group: Group, running: Running) -> Basis:
+    if priced.measured is not None:
+        found = priced.measured.collective_basis(task.kind, task.bytes, task.num_ranks)
+        if found != "assumed":
+            return found
+    return collective_basis(priced.links, task.kind, task.bytes, group, running.dispatcher)
 
 
 def _short(name: str) -> str:

@@ -126,7 +126,8 @@ def running_of(plan: Plan, priced: Prices, conditions: Conditions) -> Running:
     """How a plan runs its blocks."""
     load = load_factor(plan, priced, conditions.balanced)
     overlap, fixed = plan.policy.expert_overlap, has_fixed_capacity(plan.model)
-    return Running(plan.policy.dispatcher, overlap, load, fanout_of(plan.model), fixed)
+    fanout = fanout_of(plan.model)
+    return Running(plan.policy.dispatcher, overlap, load, fanout, fixed, plan.layout.ep)
 
 
 def _comm(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from meshwright.cluster import Cluster
 from meshwright.cost.collectives import LinkRates, link_rates
 from meshwright.cost.compute import ComputeRates, Recipe, compute_rates
 from meshwright.cost.constants import Constants, constants, generation_of
+from meshwright.cost.measured import MeasuredRates, measured_rates
 from meshwright.eras import Era, era_named, era_of
 from meshwright.policy import EngineName
 from meshwright.workload import Precision
@@ -40,7 +41,8 @@ class Conditions:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Everything that turns tasks into seconds. `precise` prices what an fp8 or fp4 recipe leaves in bf16."""
+    """Everything that turns tasks into seconds. `precise` prices what an fp8 or fp4 recipe leaves in bf16;
+    `measured` is what a calibration of the machine says, which goes before curves and constants."""
 
     cluster: Cluster
     compute: ComputeRates
@@ -61,6 +63,12 @@ class Prices:
     fp8_recipe: Recipe
     flat: bool
     flash_attention: bool
+    measured: MeasuredRates | None = None
+
+    @property
+    def is_serial(self) -> bool:
+        """Whether ops wait for their own launches: on processors, where that was measured."""
+        return self.measured is not None and self.measured.is_serial
 
     @property
     def memory_bytes_per_s(self) -> float:
@@ -95,7 +103,7 @@ def prices(
     generation = generation_of(cluster.gpu.name)
     usual: Recipe = "block" if generation.startswith("blackwell") else "tensor"
     recipe = stated.fp8_recipe or usual
-    return Prices(
+    found = Prices(
         cluster=cluster,
         compute=compute_rates(cluster.gpu, precision, cluster.efficiency, recipe),
         precise=compute_rates(cluster.gpu, fine, cluster.efficiency),
@@ -115,6 +123,30 @@ def prices(
         fp8_recipe=recipe,
         flat=flat,
         flash_attention=era.flash_attention.value,
+    )
+    table = cluster.calibration
+    if table is None:
+        return found
+    return _calibrated(found, measured_rates(table, precision, cluster.num_gpus))
+
+
+def _calibrated(found: Prices, measured: MeasuredRates) -> Prices:
+    """The same prices with those of a calibration in the place of constants: ops were measured as a step runs
+    them, so that nothing slows them down further."""
+    values = found.constants
+    for kind, seconds in measured.kernels.host_s.items():
+        source = f"measured on {measured.table.date}"
+        values = values.replaced(f"host.{kind}", {"value": seconds, "source": source})
+    return replace(
+        found,
+        constants=values,
+        slowdown=1.0,
+        grouped=1.0,
+        memory=1.0,
+        attention=1.0,
+        network=1.0,
+        step_s=measured.kernels.step_s,
+        measured=measured,
     )
 
 

@@ -64,10 +64,16 @@ OPTIMIZER_READS_AND_WRITES = {"adamw": 28, "sgd": 8}
 written (Adam, 4 + 12 + 12), and the compute-type weight on top."""
 
 
+def moved_bytes(optimizer: str, weight_bytes: int, owned: Array, held: Array, gradient_bytes: int) -> Array:
+    """Bytes that an update moves: of the `owned` share, and of clearing and norming the `held` gradients."""
+    return owned * (OPTIMIZER_READS_AND_WRITES[optimizer] + weight_bytes) + 2 * held * gradient_bytes
+
+
 def optimizer_seconds(
     prices: Prices, optimizer: str, weight_bytes: int, owned: Array, held: Array, gradient_bytes: int
 ) -> Array:
     """Seconds of an update: memory traffic of the `owned` share, and of clearing and norming the `held`
     gradients, at the memory bandwidth that kernels reach; before any slowdown."""
-    moved = owned * (OPTIMIZER_READS_AND_WRITES[optimizer] + weight_bytes) + 2 * held * gradient_bytes
-    return moved / prices.memory_bytes_per_s
+    moved = moved_bytes(optimizer, weight_bytes, owned, held, gradient_bytes)
+    known = None if prices.measured is None else prices.measured.update_seconds(moved)
+    return moved / prices.memory_bytes_per_s if known is None else known

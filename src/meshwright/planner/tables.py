@@ -256,7 +256,7 @@ class Tables:
         with_dp: bool,
     ) -> dict[tuple[Recompute, bool], Array]:
         load = self._loads[np.searchsorted(self._loaded, rows.ep)]
-        running = Running(dispatcher, False, load, self.fanout, self.fixed)
+        running = Running(dispatcher, False, load, self.fanout, self.fixed, rows.ep)
         own = self._kernels(rows, lowered, _depends_on_experts, running, with_dp)
         kernels = _added(own, *self._beside(kind, rows))
         found = {}

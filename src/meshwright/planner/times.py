@@ -37,8 +37,10 @@ PARTS = ("compute", *AXES, "host")
 _OVERLAPPED_AS = {"tp": "tensor", "etp": "tensor", "cp": "context", "ep": "expert", "dp": "gather"}
 _PRECISE = ("head", ".router", ".shared_gate")
 """Matmuls that fp8 recipes keep in bf16 (Megatron-LM and DeepSeek-V3, arXiv:2412.19437 §3.3.1)."""
-_EXCHANGES = (".moe.dispatch", ".moe.combine")
 _MATMULS = (OpKind.MATMUL, OpKind.GROUPED_MATMUL)
+_EXCHANGES = (".moe.dispatch", ".moe.combine")
+_BY_SENDER = (".sort", ".unsort")
+"""Permutes between the order in which ranks send tokens and that of the experts."""
 _CAST_BYTES = {"tensor": 9.0, "block": 4.4}
 """Casting one bf16 element by recipe, amplitudes and transposes included: what published fp8 matmuls with
 their casts take beyond the matmul alone, at the bandwidth of memory-bound ops (docs/curves.md)."""
@@ -70,7 +72,8 @@ class Running:
 
     `load` is the fullest expert rank's load over the mean; `overlaps_experts` says that expert communication
     runs beside another micro-batch's compute; `fanout` is how a token's experts spread; `fixed`
-    says that every expert takes a fixed number of tokens, so that no size comes back from the GPU.
+    says that every expert takes a fixed number of tokens, so that no size comes back from the GPU; `senders`
+    is how many ranks send tokens to an expert.
     """
 
     dispatcher: Dispatcher
@@ -78,6 +81,7 @@ class Running:
     load: Array = 1.0
     fanout: Fanout = UNIFORM
     fixed: bool = False
+    senders: Array = 2
 
 
 def axis_groups(cluster: Cluster, degrees: Mapping[str, Array]) -> dict[str, Group]:
@@ -143,8 +147,8 @@ def block_times(kernels: KernelTimes, prices: Prices, running: Running) -> Block
     Kernels are slowed down, those that memory bounds by a factor of their own. Communication that the era
     overlaps is exposed by the share that cannot be hidden, or by what does not fit beside the phase's
     compute: max((1 − h)·t, t − compute). A phase that takes hardly longer than launching its ops waits for
-    that too: `host` is (work⁴ + launches⁴)^¼ − work, where work leaves out
-    the exchange of tokens: its sizes come back to the host, which cannot run ahead of it.
+    that too (`host_wait_s`), where work leaves out the exchange of tokens: its sizes come back to the host,
+    which cannot run ahead of it.
     """
     times: BlockTimes = {}
     has_experts = bool(np.any(kernels["forward"]["grouped"] > 0))
@@ -157,9 +161,17 @@ def block_times(kernels: KernelTimes, prices: Prices, running: Running) -> Block
             )
         work = sum(parts.values()) - parts["ep"]
         launching = launch_wait_s(of_phase, has_experts, prices, running)
-        parts["host"] = np.sqrt(np.sqrt(work**4 + launching**4)) - work
+        parts["host"] = host_wait_s(work, launching, prices.is_serial)
         times[phase] = parts
     return times
+
+
+def host_wait_s(work_s: Array, launching_s: Array, is_serial: bool) -> Array:
+    """Seconds of a phase in which the host is waited for: (work⁴ + launches⁴)^¼ − work where it runs ahead
+    of a GPU, and all of them where processors launch an op and then run it."""
+    if is_serial:
+        return launching_s
+    return np.sqrt(np.sqrt(work_s**4 + launching_s**4)) - work_s
 
 
 def launch_wait_s(launches: PhaseParts, has_experts: bool, prices: Prices, running: Running) -> Array:
@@ -224,6 +236,12 @@ def price_op(task: ComputeTask, prices: Prices, running: Running) -> PhaseParts:
     if task.kind is OpKind.GROUPED_MATMUL:
         sizes = (sizes[0], sizes[1] * running.load, *sizes[2:])
         flops = flops * running.load
+    if prices.measured is not None:
+        seconds = prices.measured.op_seconds(task, sizes)
+        if seconds is not None:
+            # Where one rank sends, its tokens stand in the order of its experts already.
+            moves = np.greater(running.senders, 1) if task.name.endswith(_BY_SENDER) else 1.0
+            return {KERNEL_OF.get(task.kind, "memory"): seconds * moves}
     if task.kind is OpKind.ATTENTION and not prices.flash_attention:
         return _scored_attention(task, prices)
     low = _is_low(task, prices)
@@ -287,6 +305,10 @@ def price_collective(
     if task.kind is CollectiveKind.ALL_TO_ALL:
         size = size * running.load
     group = groups[task.axis]
+    known = prices.measured
+    seconds = None if known is None else known.collective_seconds(task.kind, size, group.ranks)
+    if seconds is not None:
+        return seconds, 0.0 * seconds
     seconds = collective_seconds(prices.links, task.kind, size, group, running.dispatcher, running.fanout)
     leaves = np.asarray(group.inner) < np.asarray(group.ranks)
     return seconds * ~leaves, seconds * leaves

@@ -43,7 +43,7 @@ def _by_exchange(
 ) -> Tensor:
     num_experts, ep = setting.model.num_experts, setting.mesh.size("ep")
     group = setting.mesh.group("ep")
-    order_N, counts_E = _by_expert(choices_TK.flatten(), num_experts)
+    order_N, counts_E = by_expert_order(choices_TK.flatten(), num_experts)
     received = exchange_counts(counts_E, group).view(ep, -1)
     sent = counts_E.view(ep, -1).sum(1)
     splits = torch.stack((sent, received.sum(1))).tolist() if ep > 1 else [[0], [0]]
@@ -65,13 +65,13 @@ def _by_all_gather(
     first = setting.mesh.position("ep") * local
     mine = everyone - first
     mine = torch.where((mine >= 0) & (mine < local), mine, -1)
-    order_N, counts_L = _by_expert(mine.flatten(), local)
+    order_N, counts_L = by_expert_order(mine.flatten(), local)
     rows = copies_in_order(x, order_N, choices_TK.shape[1])
     outputs = _at_experts(setting, rows, counts_L.view(1, -1), experts)
     return scatter_sum(weighted_sum(outputs, weights, order_N), group)
 
 
-def _by_expert(choices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def by_expert_order(choices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Copies in the order of their experts, and how many each expert has; choices below 0 are left out."""
     keys = torch.where(choices < 0, num_experts, choices)
     counts = torch.bincount(keys, minlength=num_experts + 1)[:num_experts]
@@ -91,11 +91,11 @@ def _sorted_run(rows: Tensor, counts_PL: Tensor, experts: Experts) -> Tensor:
     senders, local = counts_PL.shape
     if senders == 1 or local == 1:
         return experts(rows, counts_PL.sum(0))
-    order = _owners(counts_PL).argsort(stable=True)
+    order = owners_of_rows(counts_PL).argsort(stable=True)
     return restored(experts(reordered(rows, order), counts_PL.sum(0)), order)
 
 
-def _owners(counts_PL: Tensor) -> Tensor:
+def owners_of_rows(counts_PL: Tensor) -> Tensor:
     """The local expert of each row, where senders follow one another and each sorted its rows by expert."""
     senders, local = counts_PL.shape
     numbers = torch.arange(local, device=counts_PL.device).repeat(senders)
@@ -111,8 +111,8 @@ def _over_tensor_ranks(rows: Tensor, counts_PL: Tensor, experts: Experts, group:
     sizes = counts.sum((1, 2)).tolist()
     most, own = max(sizes), rows.shape[0]
     padded = gather(F.pad(rows, (0, 0, 0, most - own)), group)
-    owners = [F.pad(_owners(counts[rank]), (0, most - sizes[rank]), value=-1) for rank in range(ranks)]
-    order, by_expert = _by_expert(torch.cat(owners), counts.shape[-1])
+    owners = [F.pad(owners_of_rows(counts[rank]), (0, most - sizes[rank]), value=-1) for rank in range(ranks)]
+    order, by_expert = by_expert_order(torch.cat(owners), counts.shape[-1])
     outputs = experts(copies_in_order(padded, order, 1), by_expert)
     spread = outputs.new_zeros(padded.shape[0], outputs.shape[-1]).index_copy(0, order, outputs)
     return scatter_sum(spread, group)[:own]

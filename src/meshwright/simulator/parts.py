@@ -56,7 +56,7 @@ class PricedPhase:
     """The parts of a block in one phase with their seconds at even speed, none of it hidden.
 
     `hidden` is the share of communication that may run beside compute, by axis; `launching_s` what the host
-    needs to launch the phase.
+    needs to launch the phase, and `is_serial` that every op waits for its own launch.
     """
 
     phase: Phase
@@ -64,6 +64,7 @@ class PricedPhase:
     seconds: tuple[Array, ...]
     hidden: Mapping[str, float]
     launching_s: float
+    is_serial: bool = False
 
 
 def tier_of(group: Group) -> int:
@@ -91,7 +92,8 @@ def priced_phases(
         axes = {part.axis for part in parts if part.axis is not None}
         hidden = {axis: float(hidden_share(axis, prices, running)) for axis in sorted(axes)}
         launching_s = float(launch_wait_s(kernels[phase], has_experts, prices, replace(running, load=1.0)))
-        phases[phase] = PricedPhase(phase, tuple(parts), tuple(seconds), hidden, launching_s)
+        found = (tuple(parts), tuple(seconds), hidden, launching_s, prices.is_serial)
+        phases[phase] = PricedPhase(phase, *found)
     return phases
 
 

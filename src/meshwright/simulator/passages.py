@@ -2,8 +2,8 @@
 
 The rule is that of `planner/times.block_times`: of the communication along an axis the share h runs in chunks
 beside the compute of its block, as far as that lasts, and the rest stands between the groups of ops; then the
-host is waited for, (work⁴ + launches⁴)^¼ − work. With contention, hidden transfers of several axes that cross
-the same link tier share its bandwidth evenly while they last.
+host is waited for (`host_wait_s`). With contention, hidden transfers of several axes that cross the same link
+tier share its bandwidth evenly while they last.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from meshwright.planner.times import host_wait_s
 from meshwright.simulator.parts import COMPUTE, Part, PricedPhase
 
 Array = Any
@@ -68,7 +69,7 @@ def settle(priced: PricedPhase, slowdown: Array = 1.0, contention: bool = True) 
     hidden = tuple(Hidden(axis, tiers[axis], hiding[axis], left[axis]) for axis in hiding)
     exposed = {axis: s * (1 - priced.hidden[axis]) + left.get(axis, 0.0) for axis, s in whole.items()}
     work = compute + sum(s for axis, s in exposed.items() if axis != EXCHANGE_AXIS)
-    host = np.sqrt(np.sqrt(work**4 + priced.launching_s**4)) - work
+    host = host_wait_s(work, priced.launching_s, priced.is_serial)
     total = work + exposed.get(EXCHANGE_AXIS, 0.0) + host
     return Passage(priced.phase, priced.parts, tuple(shown), hidden, host, total)
 

@@ -1,0 +1,76 @@
+"""Timing many things in turns, so that a busy moment of the machine touches all alike, until time is up."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+LEAST_ROUNDS, MOST_ROUNDS = 3, 40
+"""Rounds: at least these, even when the time is over, and at most those."""
+REPEATS = 3
+"""Samples of a thing in its turn, after a run that is not counted: a step runs each op many times, so that
+its code is in the caches."""
+
+Timed = Callable[[], float]
+"""Runs a thing once and returns its seconds."""
+GoesOn = Callable[[bool], bool]
+"""Given what this rank would do, what all ranks do: go on with another round, or stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Seconds of one thing: the median, half the range of the quartiles over it, how many samples."""
+
+    time_s: float
+    spread: float
+    samples: int
+
+
+def in_turns(things: Sequence[Timed], budget_s: float, goes_on: GoesOn) -> list[list[float]]:
+    """The samples of each thing. The first round warms up and is left out, as is the first run of a turn."""
+    samples: list[list[float]] = [[] for _ in things]
+    for thing in things:
+        thing()
+    until = time.perf_counter() + budget_s
+    count = 0
+    while True:
+        wanted = count < MOST_ROUNDS and (count < LEAST_ROUNDS or time.perf_counter() < until)
+        if not goes_on(wanted):
+            return samples
+        for thing, seconds in zip(things, samples, strict=True):
+            thing()
+            seconds += [thing() for _ in range(REPEATS)]
+        count += 1
+
+
+def summed_up(seconds: Sequence[float]) -> Sampled:
+    """Median and spread of samples."""
+    ordered = sorted(seconds)
+    middle = statistics.median(ordered)
+    low, high = ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]
+    return Sampled(middle, (high - low) / 2 / middle if middle else 0.0, len(ordered))
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds from the start of some work to its end on the device."""
+    if device.type == "cuda":
+        return _on_gpu(work)
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _on_gpu(work: Callable[[], object]) -> float:
+    """By events on the stream: what the device takes, without what the host needs to launch it."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000)  # the queue is full before the first kernel starts
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
