@@ -56,6 +56,7 @@ LEVEL_OF = {
     "simulator": "simulator",
     "runtime": "runtime",
     "validate": "validate",
+    "dryrun": "dryrun",
     # measured on the machine at hand
     "calibrating": "measuring",
     # what people see
@@ -66,6 +67,7 @@ LEVEL_OF = {
     "page": "page",
     "cli": "cli",
     "delivery": "cli",
+    "dryrun_command": "cli",
     "machine_commands": "cli",
     "validating": "cli",
     "__main__": "main",
@@ -91,9 +93,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "simulator": COST | {"simulator", "verify", "planner"},  # prices tasks as the estimate does
     "runtime": IR | {"runtime"},
     "validate": COST | {"validate", "verify", "planner", "simulator"},  # scores what both predict
+    "dryrun": CONSUMERS | {"dryrun"},
     "simulation": CONSUMERS | {"simulation"},
     "measuring": CONSUMERS | {"measuring"},
-    "terminal": CONSUMERS | {"terminal", "validate", "simulation", "measuring"},
+    "terminal": CONSUMERS | {"terminal", "validate", "simulation", "measuring", "dryrun"},
     "training": CONSUMERS | {"terminal", "training", "measuring"},
     "export": CONSUMERS | {"export"},
     "page": CONSUMERS | {"page"},
@@ -104,6 +107,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training",
         "simulation",
         "measuring",
+        "dryrun",
         "export",
         "page",
         "cli",
@@ -116,6 +120,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # The simulator prices tasks by the planner's functions, and the planner's finalists run in it (0016).
 MAY_IMPORT_IN_A_FUNCTION = {
     "training": {"runtime"},
+    "dryrun": {"runtime"},
     "measuring": {"runtime"},
     "audit": {"planner"},
     "planner": {"simulator"},

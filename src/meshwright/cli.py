@@ -14,6 +14,7 @@ import typer
 
 from meshwright import __version__
 from meshwright.delivery import BROKEN_PIPE, deliver, discard_the_rest, present, say, tell
+from meshwright.dryrun_command import register as register_dryrun
 from meshwright.errors import InputError
 from meshwright.machine_commands import register, with_calibration
 
@@ -384,3 +385,4 @@ def guard_input(file: str, output: str | None, flag: str = "--output") -> None:
 
 
 register(app)
+register_dryrun(app)

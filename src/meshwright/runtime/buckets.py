@@ -17,7 +17,7 @@ from torch import Tensor
 from meshwright.ir.sharding import replica_axis
 from meshwright.runtime.collectives import all_gather_single, reduce_scatter_single
 from meshwright.runtime.mesh import Mesh
-from meshwright.runtime.shares import Held, Partial, Placed, Share, add_up_runs, end_to_end
+from meshwright.runtime.shares import Held, Partial, Share, add_up_runs, end_to_end
 
 
 class Bucket:
@@ -53,12 +53,14 @@ class Bucket:
         full = torch.zeros(size, dtype=torch.float32, device=device)
         self.weights = full if kind == torch.float32 else torch.zeros(size, dtype=kind, device=device)
         self.gradients = torch.zeros(size, dtype=torch.float32, device=device)
+        self.places: list[Tensor] = []
         for member in self.members:
             tensor, place = member.held.tensor, slice(member.start, member.stop)
             full[place] = tensor.detach().flatten()
             tensor.data = self.weights[place].view(tensor.shape)
             tensor.grad_dtype = torch.float32
-            tensor.grad = self._place(member)
+            tensor.grad = self.gradients[place].view(tensor.shape)
+            self.places.append(tensor.grad)
         width = size // ranks
         self.start = self.mesh.position(self.axis) * width if self.divided else 0
         self.stop = self.start + width
@@ -84,14 +86,11 @@ class Bucket:
         """Add up what the ranks of tp, or of etp, each hold a part of."""
         add_up_runs(self.gradients, self.partial_runs, self.mesh)
 
-    def _place(self, member: Placed) -> Tensor:
-        return self.gradients[member.start : member.stop].view(member.held.tensor.shape)
-
     def clear(self) -> None:
         """Set all gradients to zero."""
         self.gradients.zero_()
-        for member in self.members:
-            member.held.tensor.grad = self._place(member)
+        for member, place in zip(self.members, self.places, strict=True):
+            member.held.tensor.grad = place
 
     def gradient(self, name: str) -> Tensor | None:
         """The whole gradient of a parameter, if it is here."""
@@ -100,8 +99,8 @@ class Bucket:
     def collect(self) -> None:
         """Gradients add up in the buffer, unless somebody has taken a parameter's view of it away: torch's
         pipelining clears gradients of modules with FSDP2 parts before its first step."""
-        for member in self.members:
-            grad, place = member.held.tensor.grad, self._place(member)
+        for member, place in zip(self.members, self.places, strict=True):
+            grad = member.held.tensor.grad
             if grad is None or not _is_same(grad, place):
                 place.zero_() if grad is None else place.copy_(grad)
                 member.held.tensor.grad = place
@@ -126,5 +125,7 @@ class Bucket:
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of a size start at the same element of the same storage."""
+    if one is other:
+        return True
     storages = one.untyped_storage()._cdata, other.untyped_storage()._cdata
     return storages[0] == storages[1] and one.storage_offset() == other.storage_offset()

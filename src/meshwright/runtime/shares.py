@@ -6,7 +6,7 @@ alone, in FP32; without ZeRO all of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -147,7 +147,7 @@ def held_parameters(stages: Iterable[tuple[StageProgram, nn.Module]], mesh: Mesh
         tensors = dict(module.named_parameters())
         if declared.keys() != tensors.keys():
             missing, surplus = declared.keys() - tensors.keys(), tensors.keys() - declared.keys()
-            raise NotBoundError(f"stage {stage.index}: missing {sorted(missing)}, surplus {sorted(surplus)}")
+            raise NotBoundError(f"stage {stage.index}: missing {_some(missing)}, surplus {_some(surplus)}")
         for name, param in declared.items():
             shape = local_shape(param, mesh.layout)
             if tuple(tensors[name].shape) != shape:
@@ -162,6 +162,12 @@ def held_parameters(stages: Iterable[tuple[StageProgram, nn.Module]], mesh: Mesh
                 raise NotBoundError(f"{name}: two tensors on one rank")
             found.setdefault(name, held)
     return list(found.values())
+
+
+def _some(names: Set[str]) -> str:
+    shown = sorted(names)[:3]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return ", ".join(shown) + more if shown else "none"
 
 
 def _is_first(param: Param, layout: Layout, rank: int) -> bool:

@@ -1,0 +1,277 @@
+"""The checks of a dry run: what ranks were seen to hold and do, against the layout and the graph."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from meshwright.cost.memory import memory
+from meshwright.dryrun.expected import Expected
+from meshwright.dryrun.matching import mismatches, stuck
+from meshwright.ir.observed import Conduct, Observed, Ranges
+from meshwright.units import BYTES
+
+MEMORY_LIMIT = 0.05
+"""By which fraction a peak may differ from the memory model."""
+MOST_EVENTS = 4_000_000
+"""Events of all ranks together that are run to the end; beyond, groups are compared alone."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Whether something holds. `worst`: the largest deviation, a fraction or a count as `unit` says; `why`:
+    where it is, in words, empty where there is none."""
+
+    name: str
+    holds: bool
+    worst: float
+    unit: str
+    why: str = ""
+
+    def document(self) -> dict[str, object]:
+        """As JSON."""
+        return {
+            "name": self.name,
+            "holds": self.holds,
+            "worst": self.worst,
+            "unit": self.unit,
+            "why": self.why,
+        }
+
+
+def counted(name: str, unit: str, found: Iterable[str]) -> Check:
+    """A check that holds where nothing was found."""
+    words = list(found)
+    more = f" (and {len(words) - 1} more)" if len(words) > 1 else ""
+    return Check(name, not words, len(words), unit, words[0] + more if words else "")
+
+
+def checks_of_all(expected: Expected, probes: Sequence[Observed]) -> Iterator[Check]:
+    """Checks of what every rank declares and of its short step. `probes` by rank."""
+    yield counted("build", "ranks", _failures(probes))
+    built = [seen for seen in probes if not seen.conduct.failed]
+    yield counted("groups", "ranks", _wrong_groups(expected, probes))
+    yield counted("stages", "ranks", _wrong_stages(expected, built))
+    yield _parameters(expected, built)
+    yield counted("element types", "ranks", _wrong_elements(expected, built))
+    yield counted("slices", "parameters", _wrong_slices(expected, built) if len(built) == len(probes) else ())
+    found = mismatches(expected.groups, [seen.conduct for seen in probes])
+    yield counted("matching", "groups", (mismatch.words for mismatch in found))
+
+
+def checks_of_steps(
+    expected: Expected, steps: Sequence[Observed], conducts: Sequence[Conduct] | None
+) -> Iterator[Check]:
+    """Checks of whole steps. `conducts`: every rank's in a whole step, where all are known."""
+    yield counted("step", "ranks", _failures(steps))
+    run = [seen for seen in steps if not seen.conduct.failed]
+    yield _flops(expected, run)
+    yield counted("collectives", "calls", _wrong_calls(expected, run))
+    yield counted("order", "ranks", _wrong_order(expected, run))
+    if conducts is not None:
+        yield _progress(expected, conducts)
+    yield memory_check(expected, run)
+
+
+def _failures(observed: Sequence[Observed]) -> Iterator[str]:
+    for seen in observed:
+        if seen.conduct.failed:
+            yield f"rank {seen.facts.rank}: {seen.conduct.failed}"
+
+
+def _wrong_groups(expected: Expected, probes: Sequence[Observed]) -> Iterator[str]:
+    own: dict[int, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for axis, groups in expected.groups.items():
+        for group in groups:
+            for rank in group:
+                own[rank][axis] = group
+    for seen in probes:
+        said, rank = own[seen.facts.rank], seen.facts.rank
+        for axis in said.keys() | seen.facts.groups.keys():
+            did = seen.facts.groups.get(axis)
+            if did != said.get(axis):
+                words = f"rank {rank} speaks along {axis} with {_shown(did)}, "
+                yield words + f"where the layout has {_shown(said.get(axis))}"
+                break
+
+
+def _shown(group: tuple[int, ...] | None) -> str:
+    if group is None:
+        return "nobody"
+    return f"ranks {', '.join(map(str, group[:8]))}{', …' if len(group) > 8 else ''}"
+
+
+def _wrong_stages(expected: Expected, built: Sequence[Observed]) -> Iterator[str]:
+    plan = expected.plan
+    tokens = plan.workload.max_sequence_length
+    divided = plan.layout.tp if plan.policy.sequence_parallel else 1
+    shape = (tokens // divided, plan.policy.micro_batch_size, plan.model.hidden_size)
+    between, last = (plan.workload.precision, shape), plan.layout.num_stages - 1
+    for seen in built:
+        rank = seen.facts.rank
+        said = expected.program.stages_of(expected.pp_rank(rank))
+        did = {stage.index: stage for stage in seen.conduct.stages}
+        for stage in said:
+            one = did.get(stage.index)
+            if one is None or len(did) != len(said):
+                yield f"rank {rank} holds stages {sorted(did)}, not {[s.index for s in said]}"
+                break
+            if one.layers != stage.layers:
+                yield f"rank {rank}, stage {stage.index}: layers {_run(one.layers)}, not {_run(stage.layers)}"
+                break
+            ends = (one.has_embedding, one.has_head) == (stage.has_embedding, stage.has_head)
+            takes = one.takes == (between if stage.index else ("", ()))
+            gives = one.gives == (between if stage.index < last else ("", ()))
+            if not (ends and takes and gives):
+                yield f"rank {rank}, stage {stage.index}: takes {one.takes}, gives {one.gives}, not {between}"
+                break
+
+
+def _run(layers: tuple[int, ...]) -> str:
+    return f"{layers[0]}–{layers[-1]}" if layers else "none"
+
+
+def _parameters(expected: Expected, built: Sequence[Observed]) -> Check:
+    """Names, shapes and bytes; the deviation is that of a rank's bytes."""
+    worst, why = 0.0, ""
+    wrong = 0
+    for (pp_rank, conduct), seen in _distinct(expected, built):
+        said = expected.shapes(pp_rank)
+        did = {held.name: held for held in conduct.parameters}
+        words = [f"no {name}" for name in said.keys() - did.keys()]
+        words += [f"{name} too many" for name in did.keys() - said.keys()]
+        words += [
+            f"{name} is {did[name].shape}, not {shape}"
+            for name, shape in said.items()
+            if name in did and did[name].shape != shape
+        ]
+        bytes_said = sum(_local_bytes(expected, name, shape) for name, shape in said.items())
+        off = abs(conduct.parameter_bytes - bytes_said) / bytes_said if bytes_said else 0.0
+        padded = any(expected.is_divided(expert) for expert in (False, True))
+        if words or (off > 0 and not padded):
+            wrong += 1
+            detail = words[0] if words else f"{conduct.parameter_bytes:,} B, not {bytes_said:,} B"
+            why = why or f"rank {seen.facts.rank}: {detail}"
+        worst = max(worst, off)
+    return Check("parameters", not wrong, worst, "fraction of bytes", why)
+
+
+def _local_bytes(expected: Expected, name: str, shape: tuple[int, ...]) -> int:
+    is_expert, degree = expected.degrees[name]
+    if expected.is_divided(is_expert):
+        return -(-shape[0] // degree) * prod(shape[1:]) * 4
+    return prod(shape) * expected.plan.workload.compute_bytes
+
+
+def _distinct(
+    expected: Expected, built: Sequence[Observed]
+) -> Iterator[tuple[tuple[int, Conduct], Observed]]:
+    """One rank of each conduct and pipeline rank."""
+    seen_already = set()
+    for seen in built:
+        key = expected.pp_rank(seen.facts.rank), id(seen.conduct)
+        if key not in seen_already:
+            seen_already.add(key)
+            yield (key[0], seen.conduct), seen
+
+
+def _wrong_elements(expected: Expected, built: Sequence[Observed]) -> Iterator[str]:
+    for _, seen in _distinct(expected, built):
+        for held in seen.conduct.parameters:
+            if held.name in expected.degrees and held.element != expected.element(held.name):
+                said = expected.element(held.name)
+                yield f"rank {seen.facts.rank} holds {held.name} in {held.element}, not {said}"
+                break
+
+
+def _wrong_slices(expected: Expected, built: Sequence[Observed]) -> Iterator[str]:
+    """The distinct slices of a parameter cover it once, and each is held by as many ranks."""
+    held: dict[str, Counter[Ranges]] = defaultdict(Counter)
+    ranks: dict[tuple[str, Ranges], int] = {}
+    for seen in built:
+        for name, ranges in seen.facts.slices.items():
+            held[name][ranges] += 1
+            ranks.setdefault((name, ranges), seen.facts.rank)
+    whole = {param.name: param.shape for stage in expected.program.stages for param in stage.params}
+    for name, slices in held.items():
+        covered = sum(prod(stop - start for start, stop in ranges) for ranges in slices)
+        if name not in whole:
+            continue
+        if covered != prod(whole[name]):
+            rare = min(slices, key=lambda one: slices[one])
+            words = f"the ranks' slices of {name} cover {covered:,} of {prod(whole[name]):,} elements"
+            yield f"{words}; rank {ranks[name, rare]} holds {_ranges(rare)}"
+        elif len(set(slices.values())) > 1:
+            rare = min(slices, key=lambda one: slices[one])
+            yield f"{slices[rare]} ranks hold {name} {_ranges(rare)}, among them rank {ranks[name, rare]}"
+
+
+def _ranges(ranges: Ranges) -> str:
+    return "[" + ", ".join(f"{start}:{stop}" for start, stop in ranges) + "]"
+
+
+def _flops(expected: Expected, run: Sequence[Observed]) -> Check:
+    worst, why = 0.0, ""
+    for (pp_rank, conduct), seen in _distinct(expected, run):
+        said, did = expected.work(pp_rank), conduct.work
+        for kind in ("matmul", "grouped_matmul", "attention"):
+            one, other = getattr(did, kind), getattr(said, kind)
+            off = abs(one - other) / other if other else float(one > 0)
+            if off > worst:
+                worst, why = off, f"rank {seen.facts.rank}: {one:,} FLOPs of {kind}, the graph has {other:,}"
+    return Check("flops", worst == 0, worst, "fraction", why)
+
+
+def _wrong_calls(expected: Expected, run: Sequence[Observed]) -> Iterator[str]:
+    for (pp_rank, conduct), seen in _distinct(expected, run):
+        said, did = expected.calls(pp_rank), _as_the_graph_names(conduct)
+        for what, more in (("missing", said - did), ("surplus", did - said)):
+            for (kind, axis, size), count in sorted(more.items()):
+                yield f"rank {seen.facts.rank}: {what} {count} × {kind} along {axis} of {size:,} B"
+
+
+def _as_the_graph_names(conduct: Conduct) -> Counter[tuple[str, str, int]]:
+    """The graph counts sums over copies of heads to tp."""
+    found: Counter[tuple[str, str, int]] = Counter()
+    for (kind, axis, size), count in conduct.counted().items():
+        found[kind, "tp" if axis == "kv_copies" else axis, size] += count
+    return found
+
+
+def _wrong_order(expected: Expected, run: Sequence[Observed]) -> Iterator[str]:
+    for (pp_rank, conduct), seen in _distinct(expected, run):
+        said, did = expected.order(pp_rank), conduct.order
+        if said != did:
+            pairs = enumerate(zip(said, did, strict=False))
+            place = next((n for n, (one, other) in pairs if one != other), min(len(said), len(did)))
+            one = did[place] if place < len(did) else "the end"
+            other = said[place] if place < len(said) else "the end"
+            yield f"rank {seen.facts.rank}, action {place + 1}: {one}, the schedule has {other}"
+
+
+def _progress(expected: Expected, conducts: Sequence[Conduct]) -> Check:
+    if any(conduct.failed for conduct in conducts):
+        return Check("progress", False, 0, "ranks", "ranks that fail leave the others waiting")
+    if sum(len(conduct.events) for conduct in conducts) > MOST_EVENTS:
+        return Check("progress", True, 0, "ranks", "not run: too many events; groups were compared")
+    found = stuck(expected.groups, conducts)
+    if found is None:
+        return Check("progress", True, 0, "ranks")
+    return Check("progress", False, len(found.ranks), "ranks", found.words)
+
+
+def memory_check(expected: Expected, run: Sequence[Observed]) -> Check:
+    """Each rank's peak against what tensors hold by the memory model."""
+    model = memory(expected.program)
+    worst, why = 0.0, ""
+    for seen in run:
+        if seen.peak is None:
+            continue
+        said = model[expected.pp_rank(seen.facts.rank)].allocated_bytes
+        off = abs(said - seen.peak.bytes) / seen.peak.bytes
+        if off >= worst:
+            peak, other = BYTES.format(seen.peak.bytes), BYTES.format(said)
+            worst, why = off, f"rank {seen.facts.rank} peaks at {peak}, the model says {other}"
+    return Check("memory", worst <= MEMORY_LIMIT, worst, "fraction", why)
