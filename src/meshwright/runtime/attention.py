@@ -32,11 +32,20 @@ class Tokens:
     positions_SB: Tensor
     documents_BS: Tensor | None = None
     _masks: dict[int, Tensor] = field(default_factory=dict, init=False)
+    _rotations: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
 
     @cached_property
     def has_padding(self) -> bool:
         """Whether any token is padding."""
         return self.documents_BS is not None and bool((self.documents_BS < 0).any())
+
+    def rotation(self, model: Model) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of these positions, made once: every layer keeps them for its backward."""
+        if not self._rotations:
+            alike = self.positions_SB.stride(1) == 0  # every sequence has the same positions
+            places = self.positions_SB[:, :1] if alike else self.positions_SB
+            self._rotations.append(rotation(model, places))
+        return self._rotations[0]
 
     def mask(self, window: int | None) -> Tensor | None:
         """[B, 1, S, S], true where a query sees a key; None where plain causality says it all.
@@ -90,7 +99,7 @@ class Attention(nn.Module):
         k_SBKD = self._heads(k, self.k_norm, self.kv_heads)
         v_SBKD = v.unflatten(-1, (self.kv_heads, self.width))
         if self.setting.model.position == "rope":
-            cos, sin = rotation(self.setting.model, tokens.positions_SB)
+            cos, sin = tokens.rotation(self.setting.model)
             q_SBND, k_SBKD = rotate(q_SBND, cos, sin), rotate(k_SBKD, cos, sin)
         out_SBND = self._attend(q_SBND, k_SBKD, v_SBKD, tokens)
         return self.o(out_SBND.flatten(-2))

@@ -80,6 +80,7 @@ class Stage(nn.Module):
         self.norm = Norm(model, model.hidden_size) if has_head else None
         rows = -(-model.vocab_size // setting.mesh.size("tp"))
         self.head = Linear(model.hidden_size, rows) if has_head and not tied else None
+        self.whole_sequences: dict[tuple[int, int], Tokens] = {}
 
     def forward(
         self,
@@ -120,10 +121,14 @@ class Stage(nn.Module):
                 yield layer.moe
 
     def _tokens(self, x: Tensor, positions: Tensor | None, documents: Tensor | None) -> Tokens:
-        if positions is None:
-            batch, length = x.shape if self.has_embedding else (x.shape[1], self._whole_length(x))
-            positions = torch.arange(length, device=x.device).expand(batch, length)
-        return Tokens(positions.t(), documents)
+        if positions is not None:
+            return Tokens(positions.t(), documents)
+        batch, length = x.shape if self.has_embedding else (x.shape[1], self._whole_length(x))
+        if documents is not None:
+            return Tokens(_places(batch, length, x.device).t(), documents)
+        if (batch, length) not in self.whole_sequences:  # the same for every micro-batch
+            self.whole_sequences[batch, length] = Tokens(_places(batch, length, x.device).t())
+        return self.whole_sequences[batch, length]
 
     def _whole_length(self, x_SBH: Tensor) -> int:
         return x_SBH.shape[0] * (self.setting.mesh.size("tp") if self.setting.divides_sequence else 1)
@@ -140,3 +145,8 @@ class Stage(nn.Module):
         assert table is not None
         weight = table.weight
         return F.linear(x_SBH.flatten(0, 1), weight).float()
+
+
+def _places(batch: int, length: int, device: torch.device) -> Tensor:
+    """Positions [B, S] of sequences that are one document each."""
+    return torch.arange(length, device=device).expand(batch, length)

@@ -21,12 +21,29 @@ def copies_in_order(x_TH: Tensor, order_N: Tensor, top_k: int) -> Tensor:
 def weighted_sum(y_NH: Tensor, weights_TK: Tensor, order_N: Tensor) -> Tensor:
     """[T, H]: each token's copies, put back in place, times their weights, added up in a fixed order.
 
-    Copies that were never sent count as zero.
+    Copies that were never sent count as zero. Weights come before places: backward keeps the rows that are
+    here, and not a row for every copy that any rank may hold.
     """
     tokens, top_k = weights_TK.shape
-    everywhere = y_NH.new_zeros if y_NH.shape[0] < tokens * top_k else y_NH.new_empty
-    y_TKH = everywhere(tokens * top_k, y_NH.shape[-1]).index_copy(0, order_N, y_NH).view(tokens, top_k, -1)
-    return (y_TKH * weights_TK.to(y_NH.dtype).unsqueeze(-1)).sum(1)
+    weights_N = weights_TK.to(y_NH.dtype).flatten().index_select(0, order_N)
+    y_NH = y_NH * weights_N.unsqueeze(-1)
+    return _Placed.apply(y_NH, order_N, tokens * top_k).view(tokens, top_k, -1).sum(1)
+
+
+class _Placed(torch.autograd.Function):
+    """Row i of y as row order[i] of `rows` rows, zero elsewhere. Keeps the order alone: torch's own index_copy
+    keeps y too."""
+
+    @staticmethod
+    def forward(ctx: Any, y_NH: Tensor, order_N: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(order_N)
+        everywhere = y_NH.new_zeros if y_NH.shape[0] < rows else y_NH.new_empty
+        return everywhere(rows, y_NH.shape[-1]).index_copy_(0, order_N, y_NH)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (order_N,) = ctx.saved_tensors
+        return grads[0].index_select(0, order_N), None, None
 
 
 class _Copies(torch.autograd.Function):
