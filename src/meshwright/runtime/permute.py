@@ -31,8 +31,8 @@ def weighted_sum(y_NH: Tensor, weights_TK: Tensor, order_N: Tensor) -> Tensor:
 
 
 class _Placed(torch.autograd.Function):
-    """Row i of y as row order[i] of `rows` rows, zero elsewhere. Keeps the order alone: torch's own index_copy
-    keeps y too."""
+    """Row i of y as row order[i] of `rows` rows, zero elsewhere. Keeps the order alone, where torch's own
+    index_copy keeps y too."""
 
     @staticmethod
     def forward(ctx: Any, y_NH: Tensor, order_N: Tensor, rows: int) -> Tensor:
