@@ -80,7 +80,15 @@ def test_simulation_decides_among_finalists() -> None:
     times = [plan.step_time_s for plan in found.plans]
     assert times == sorted(times)
     assert [plan.step.total_s for plan in found.plans] != sorted(plan.step.total_s for plan in found.plans)
-    assert plan_deployment(given, 1).plans[0].plan == found.plans[0].plan
+
+
+@pytest.mark.parametrize("top", [1, 3])
+def test_fewer_plans_are_the_first_of_more(top: int) -> None:
+    """Under schedules whose simulation is faster than the closed form too, whatever number is shown."""
+    fixed = ("layout.pp=4", "layout.vpp=2")
+    given, _ = described("qwen3-30b-a3b", "h100-sxm", 64, None, None, fixed)
+    shown, every = plan_deployment(given, top).plans, plan_deployment(given, 10).plans
+    assert [one.plan for one in shown] == [one.plan for one in every[:top]]
 
 
 def test_rates_follow_from_the_step_time(answer: Answer) -> None:

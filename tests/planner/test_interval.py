@@ -42,6 +42,8 @@ def test_the_closest_runs_are_those_of_the_generation_where_there_are_enough() -
     assert residuals()["dense/hopper"].rows >= 20
     assert closest("moe_efa", "hopper") == "moe_efa", "too few rows of it"
     assert closest("dense", "other") == "dense"
+    assert closest("dense", "blackwell", 256) == "dense/blackwell"
+    assert closest("dense", "blackwell", 512) == "dense", "no run there has so many GPUs"
     plan = plan_of()
     assert "dense runs on" in width_of(plan.model, plan.cluster, "megatron").words
 
@@ -89,8 +91,11 @@ def test_an_engine_and_a_size_count_as_measured_for_the_runs_that_a_plan_is_like
 
 
 def test_the_largest_measured_runs_are_those_of_the_table() -> None:
+    """Of a group by time or throughput; on a generation, whose own width is shipped, by time."""
     most = dict.fromkeys(MOST_GPUS, 0)
     for run in read_runs(RUNS).runs:
-        if run.group in most and run.row.num_gpus:
-            most[run.group] = max(most[run.group], run.row.num_gpus)
+        names = [run.group, *([f"{run.group}/{run.generation}"] if run.measured_s else [])]
+        for name in names:
+            if name in most:
+                most[name] = max(most[name], run.row.num_gpus or 0)
     assert most == MOST_GPUS

@@ -193,8 +193,9 @@ def test_zero_bubble_of_few_micro_batches(
 ) -> None:
     """Too few micro-batches to fill the pipeline: what its length alone costs is not forgotten. One forward
     takes 1, so that the others are what they are in transformers."""
-    count = data.draw(st.integers(1, num_ranks))
+    most = 2 * num_ranks - 1 if name == "ZBVZeroBubble" else num_ranks
+    count = data.draw(st.integers(1, most))
     stages = equal_stages(2 * num_ranks, (1.0, inner, weight))
     expected = run(name, num_ranks, count, 2, stages)
-    least = 0.98 if name == "ZBVZeroBubble" else 0.8
-    assert least * expected <= closed(name, num_ranks, count, 2, stages) <= 1.02 * expected
+    least = 0.95 if name == "ZBVZeroBubble" else 0.8
+    assert least * expected <= closed(name, num_ranks, count, 2, stages) <= 1.05 * expected

@@ -35,6 +35,16 @@ def test_every_schedule_and_count(schedule: str, count: int) -> None:
     same(totals(asked), asked, Options())
 
 
+@pytest.mark.parametrize("schedule", ["Interleaved1F1B", "InterleavedZeroBubble", "1F1B"])
+@pytest.mark.parametrize("count", [54, 63])
+def test_rounds_longer_than_the_pipeline(schedule: str, count: int) -> None:
+    """54 micro-batches over eight ranks are six rounds of nine: fewer of them must be rounds of nine too."""
+    chunks = 1 if schedule == "1F1B" else 2
+    layout = {"pp": 8, "vpp": chunks, "dp": 2, "ep": 2}
+    asked = plan(layout, {"schedule": schedule, "engine": "torchtitan"}, {"global_batch_size": 2 * count})
+    same(totals(asked), asked, Options())
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.sampled_from(["deepseek-v3-2048", "mixtral-8x22b-128", "brief-30b"]), st.booleans(), st.booleans())
 def test_examples_of_every_size(name: str, contention: bool, sends: bool) -> None:

@@ -47,11 +47,11 @@ def group_of(model: Model, cluster: Cluster) -> str:
     return "moe_efa" if over_efa else "moe_full"
 
 
-def closest(group: str, generation: str) -> str:
+def closest(group: str, generation: str, num_gpus: int = 1) -> str:
     """The runs of a group whose residuals say most of a plan: those on its generation of GPUs where there are
-    enough of them, else all."""
+    enough of them, and one on as many GPUs, else all."""
     narrow = f"{group}/{generation}"
-    return narrow if narrow in residuals() else group
+    return narrow if narrow in residuals() and num_gpus <= MOST_GPUS.get(narrow, num_gpus) else group
 
 
 UNMEASURED = 2.0
@@ -63,8 +63,16 @@ MEASURED_ENGINES: Mapping[str, tuple[str, ...]] = {
     "moe_efa": ("megatron",),
 }
 """Engines with measured runs in each group of them."""
-MOST_GPUS: Mapping[str, int] = {"dense": 16384, "moe_full": 256, "moe_efa": 256}
-"""GPUs of the largest measured run of each group (benchmarks/accuracy/training_runs.csv)."""
+MOST_GPUS: Mapping[str, int] = {
+    "dense": 16384,
+    "dense/ampere": 12288,
+    "dense/hopper": 1024,
+    "dense/blackwell": 256,
+    "moe_full": 256,
+    "moe_efa": 256,
+}
+"""GPUs of the largest measured run of each group, and of those on a generation of GPUs
+(benchmarks/accuracy/training_runs.csv)."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class Width:
     @property
     def words(self) -> str:
         """What the interval rests on."""
-        rows, most = residuals()[self.like].rows, MOST_GPUS[self.group]
+        rows, most = residuals()[self.like].rows, MOST_GPUS.get(self.like, MOST_GPUS[self.group])
         kind, _, generation = self.like.partition("/")
         runs = f"{kind} runs on {generation} GPUs" if generation else f"{kind} runs"
         text = f"80 % of {rows} measured {runs} (at most {most:,} GPUs) lie within a factor "
@@ -108,7 +116,7 @@ def width_of(model: Model, cluster: Cluster, engine: EngineName) -> Width:
         wider.append("the file states what kernels reach")
     elif generation_of(cluster.gpu.name) == "other":
         wider.append(f"no run on {cluster.gpu.name} has been measured")
-    like = closest(group, generation_of(cluster.gpu.name))
+    like = closest(group, generation_of(cluster.gpu.name), cluster.num_gpus)
     return Width(group, like, half_width_of(like) * (UNMEASURED if wider else 1.0), tuple(wider))
 
 
@@ -125,4 +133,5 @@ def ratio_factor(model: Model, cluster: Cluster) -> float:
     It is as wide as the interval of one measured step time, and no wider: what the model gets wrong in both
     cancels, so that nothing is added for an engine or a GPU that no run stands behind.
     """
-    return exp(half_width_of(closest(group_of(model, cluster), generation_of(cluster.gpu.name))))
+    generation = generation_of(cluster.gpu.name)
+    return exp(half_width_of(closest(group_of(model, cluster), generation, cluster.num_gpus)))

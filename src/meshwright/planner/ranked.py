@@ -23,7 +23,7 @@ MEMORY_ERROR = "6 of 53 measured runs took 4 to 7 % more memory than predicted"
 
 
 @dataclass(frozen=True, slots=True)
-class Simulated:
+class SimulatedTime:
     """What a simulated step takes, and the mean idle share of the ranks while micro-batches run."""
 
     step_time_s: float
@@ -42,7 +42,7 @@ class Ranked:
     plan: Plan
     lengths: Lengths
     step: StepTime
-    simulated: Simulated
+    simulated: SimulatedTime
     memory: tuple[RankMemory, ...]
     at_ends: dict[int, float]
     confidence: Confidence
@@ -156,20 +156,20 @@ def _closed(program: Program, priced: Prices, length: int) -> StepTime:
     return compose(measure_program(program, priced, CONDITIONS, length), priced)
 
 
-def simulated_step(plan: Plan | Program, sequence_length: int) -> Simulated:
+def simulated_step(plan: Plan | Program, sequence_length: int) -> SimulatedTime:
     """A step of a plan at one length, simulated event by event."""
     from meshwright.simulator.options import Options
     from meshwright.simulator.steady import totals
 
     found = totals(plan, Options(sequence_length=sequence_length, conditions=CONDITIONS))
-    return Simulated(found.step_time_s, found.bubble_fraction)
+    return SimulatedTime(found.step_time_s, found.bubble_fraction)
 
 
-def mean_simulated(steps: list[tuple[Simulated, float]]) -> Simulated:
+def mean_simulated(steps: list[tuple[SimulatedTime, float]]) -> SimulatedTime:
     """The mean of simulated steps with shares; of their bubbles, weighed by time."""
     total = sum(share * step.step_time_s for step, share in steps)
     bubble = sum(share * step.step_time_s * step.bubble_fraction for step, share in steps) / total
-    return Simulated(total, bubble)
+    return SimulatedTime(total, bubble)
 
 
 def mean_step(steps: list[tuple[StepTime, float]]) -> StepTime:

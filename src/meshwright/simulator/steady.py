@@ -12,8 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from meshwright.errors import InputError
+from meshwright.ir.orders import num_rounds
 from meshwright.ir.program import Program
 from meshwright.plan import Plan
+from meshwright.policy import CHUNKED_SCHEDULES, V_SCHEDULES
 from meshwright.simulator.engine import Run
 from meshwright.simulator.options import Options
 from meshwright.simulator.simulate import lowered, run_all
@@ -21,7 +23,7 @@ from meshwright.simulator.simulate import lowered, run_all
 SAME = 1e-9
 """Relative difference up to which two rounds take the same time."""
 _FILLED = 2
-"""Rounds of as many micro-batches as there are ranks after which a pipeline is filled."""
+"""Rounds after which a pipeline is filled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +53,24 @@ def totals(plan: Plan | Program, options: Options | None = None) -> Totals:
         rule = "micro-batches that are drawn are not alike: every one of them has to be run"
         raise InputError("options", "drawn", rule, ["simulate", "sample_steps"])
     program = lowered(plan, asked)
-    ranks, count = program.plan.layout.pp, program.plan.num_micro_batches
-    first = _FILLED * ranks + count % ranks
-    if count <= first + 3 * ranks:
+    count, size = program.plan.num_micro_batches, _round_of(program.plan)
+    first = _FILLED * size + count % size
+    if count <= first + 3 * size:
         return _run(program, asked, count)
-    short, longer, longest = (_run(program, asked, first + ranks * more) for more in range(3))
-    rounds = (count - first) // ranks
+    short, longer, longest = (_run(program, asked, first + size * more) for more in range(3))
+    rounds = (count - first) // size
     if _steady(short, longer, longest):
         return _extended(short, longer, rounds)
     return _run(program, asked, count)
+
+
+def _round_of(plan: Plan) -> int:
+    """Micro-batches of a round: as many as there are ranks, or those that interleaving takes through one
+    chunk after the other, so that fewer rounds have an order too."""
+    ranks, count, schedule = plan.layout.pp, plan.num_micro_batches, plan.policy.schedule
+    if schedule in CHUNKED_SCHEDULES - V_SCHEDULES:
+        return count // num_rounds(ranks, count)
+    return ranks
 
 
 def _run(program: Program, options: Options, count: int) -> Totals:

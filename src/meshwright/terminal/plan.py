@@ -140,7 +140,8 @@ def _show_front(answer: Answer, console: Console) -> None:
     if len(front) < 2:
         return
     console.print()
-    console.print(Text(f"Less memory, more time (in {MEMORY_STEPS}ths of the GPU's memory)", style="bold"))
+    title = f"Less memory, more time (closed form; in {MEMORY_STEPS}ths of the GPU's memory)"
+    console.print(Text(title, style="bold"))
     table = figures_table("memory", "step", CHOICE)
     kept = (
         front if len(front) <= SHOWN else [front[i * (len(front) - 1) // (SHOWN - 1)] for i in range(SHOWN)]

@@ -79,7 +79,7 @@ def _show_path(at: AtLength, console: Console) -> None:
 def _show_changes(answer: Answer, console: Console) -> None:
     """The changes that save most, simulated: what to try next."""
     if not answer.changes:
-        console.print("No single change that fits, of a degree or a choice, makes it shorter.")
+        console.print("No single change that fits, of a degree or a choice, saves half a per cent.")
         return
     console.print("What would shorten it, one change at a time, simulated:")
     now = answer.longest.step.step_time_s

@@ -178,12 +178,12 @@ def refit(table: Table, base: Constants, progress: Progress = unheard, by_simula
     """
     rows = table.timed()
     timed = [table.priced[index].prepared for index in rows]
-    if by_simulation:
-        timed = _simulated(timed, base, progress)
     recipes = {one.run.recipe for one in timed}
     if len(rows) < FEWEST_ROWS or len(recipes) < FEWEST_RECIPES:
         rule = f"a fit needs at least {FEWEST_ROWS} rows with a step time, of {FEWEST_RECIPES} recipes"
         raise InputError(table.name, f"{len(rows)} rows of {len(recipes)} recipes", rule)
+    if by_simulation:
+        timed = _simulated(timed, base, progress)
     whole = fit(timed, base, progress=progress)
     return Refit(table, base, rows, timed, whole, cross_validated(timed, base, whole, progress))
 
