@@ -13,8 +13,8 @@ from meshwright.plan import Plan, split_layers
 from meshwright.planner.compare import parse_lengths
 from meshwright.planner.interval import interval
 from meshwright.planner.planned import planned
-from meshwright.policy import CHUNKED_SCHEDULES, SCHEDULES, V_SCHEDULES, ScheduleName
-from meshwright.simulator.changes import Change, changes
+from meshwright.policy import SCHEDULES, ScheduleName
+from meshwright.simulator.changes import Change, changes, chunks_of
 from meshwright.simulator.draws import Spread
 from meshwright.simulator.experts import Placement, place_experts
 from meshwright.simulator.failures import (
@@ -215,9 +215,7 @@ def _schedules(plan: Plan, length: int, progress: Progress) -> Sequence[Schedule
 
 
 def _schedule_row(plan: Plan, name: ScheduleName, length: int) -> ScheduleRow:
-    vpp = 1
-    if name in CHUNKED_SCHEDULES:
-        vpp = 2 if name in V_SCHEDULES or plan.layout.vpp == 1 else plan.layout.vpp
+    vpp = chunks_of(name, plan.layout.vpp)
     layout = plan.layout.model_copy(update={"vpp": vpp})
     try:
         stages = split_layers(plan.model.num_hidden_layers, layout.num_stages)

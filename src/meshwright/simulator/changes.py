@@ -113,7 +113,7 @@ def _of_schedule(plan: Plan) -> Iterator[Candidate]:
         return
     names: list[ScheduleName] = [name for name in engine_of(policy).schedules if name != policy.schedule]
     for name in names:
-        chunks = 1 if name not in CHUNKED_SCHEDULES else 2 if name in V_SCHEDULES or vpp == 1 else vpp
+        chunks = chunks_of(name, vpp)
         words = f"{name} instead of {policy.schedule}"
         words += "" if chunks == vpp else f" ({chunks} chunk{'s' if chunks > 1 else ''} a rank)"
         yield words, _set(_with(plan, {"vpp": chunks}), schedule=name)
@@ -121,6 +121,13 @@ def _of_schedule(plan: Plan) -> Iterator[Candidate]:
         for chunks in (vpp // 2, vpp * 2):
             if chunks > 1:
                 yield f"{chunks} chunks a rank instead of {vpp}", _with(plan, {"vpp": chunks})
+
+
+def chunks_of(schedule: ScheduleName, vpp: int) -> int:
+    """Chunks a rank that a schedule gets in place of one with `vpp`: as many where it may, else two or one."""
+    if schedule not in CHUNKED_SCHEDULES:
+        return 1
+    return 2 if schedule in V_SCHEDULES or vpp == 1 else vpp
 
 
 def _of_policy(plan: Plan) -> Iterator[Candidate]:
