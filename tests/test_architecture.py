@@ -59,6 +59,8 @@ LEVEL_OF = {
     "dryrun": "dryrun",
     # measured on the machine at hand
     "calibrating": "measuring",
+    "profiling": "measuring",
+    "runs": "measuring",
     # what people see
     "terminal": "terminal",
     "simulation": "simulation",

@@ -16,7 +16,7 @@ from meshwright import __version__
 from meshwright.delivery import BROKEN_PIPE, deliver, discard_the_rest, present, say, tell
 from meshwright.dryrun_command import register as register_dryrun
 from meshwright.errors import InputError
-from meshwright.machine_commands import register, with_calibration
+from meshwright.machine_commands import register, with_calibration, with_history
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -208,7 +208,7 @@ def plan(
 
         show_plans(result, console)
 
-    present(result.document, show, as_json, None)
+    present(*with_history(result.document, show, history, result.answer.space.cluster), as_json, None)
 
 
 @app.command()
@@ -268,7 +268,7 @@ def simulate(
 
         show_simulation(answer, console)
 
-    present(answer.document, show, as_json, output)
+    present(*with_history(answer.document, show, history, answer.plan.cluster), as_json, output)
 
 
 @app.command()

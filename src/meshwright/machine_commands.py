@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,10 @@ from meshwright.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from meshwright.cluster import Cluster
+
+Document = Callable[[], Mapping[str, Any]]
+Show = Callable[["Console"], None]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Overrides = Annotated[
     list[str] | None,
@@ -37,9 +41,28 @@ def _quoted(path: str) -> str:
     return "'" + path.replace("'", "''") + "'"
 
 
+def with_history(
+    document: Document, show: Show, folder: str | None, cluster: Cluster
+) -> tuple[Document, Show]:
+    """A result with what runs on its machine say of predictions, where a folder of runs is named. Raises
+    InputError for a folder that is none."""
+    if folder is None:
+        return document, show
+    from meshwright.runs import history_of, runs_in
+
+    history = history_of(runs_in(folder, "--history"), cluster)
+
+    def show_both(console: Console) -> None:
+        show(console)
+        console.print(f"History: {history.words}.")
+
+    return (lambda: {**document(), "history": history.document()}), show_both
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    app.command()(calibrate)
+    for command in (calibrate, profile, runs):
+        app.command()(command)
 
 
 def calibrate(
@@ -78,3 +101,55 @@ def calibrate(
         show_calibration(found, console)
 
     present(found.document, show, as_json, None)
+
+
+def profile(
+    file: Annotated[str, typer.Argument(metavar="PLAN", help="A plan's file, or a deployment file.")],
+    steps: Annotated[int, typer.Option(metavar="N", help="Time that many steps.")] = 10,
+    nproc: Annotated[
+        int | None, typer.Option(metavar="N", help="Ranks to start here; torchrun brings its own.")
+    ] = None,
+    device: Device = "auto",
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="DIR", help="Keep plan, traces, figures there.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Predict by what `calibrate` measured there.")
+    ] = None,
+    as_json: Json = False,
+    overrides: Overrides = None,
+) -> None:
+    """Run a plan's steps: where the time goes, predicted beside measured."""
+    from meshwright.profiling import Asked
+    from meshwright.profiling import profile as run_profile
+    from meshwright.terminal.progress import progress_bar
+
+    asked = Asked(file, with_calibration(overrides, calibration), steps, nproc, output, device)
+    with progress_bar() as progress:
+        answer = run_profile(asked, progress)
+    if int(os.environ.get("RANK", "0") or 0) != 0:  # under torchrun one rank speaks
+        return
+
+    def show(console: Console) -> None:
+        from meshwright.terminal.profile import show_profile
+
+        show_profile(answer, console)
+
+    present(answer.document, show, as_json, None)
+
+
+def runs(
+    folder: Annotated[str, typer.Argument(metavar="[FOLDER]", help="Where runs were kept.")] = "runs",
+    as_json: Json = False,
+) -> None:
+    """List kept runs: predicted and measured, and the machine."""
+    from meshwright.runs import runs_in
+
+    found = runs_in(folder)
+
+    def show(console: Console) -> None:
+        from meshwright.terminal.runs import show_runs
+
+        show_runs(found, console)
+
+    present(lambda: {"runs": [one.document() for one in found]}, show, as_json, None)

@@ -15,6 +15,7 @@ from meshwright.deployment import Training
 from meshwright.errors import InputError, MeshwrightError
 from meshwright.plan import Plan
 from meshwright.planner.planned import planned
+from meshwright.runs import keep_training
 from meshwright.scale_down import ScaledDown, scaled_down
 from meshwright.terminal.progress import progress_bar
 from meshwright.terminal.train import JsonLines, Screen
@@ -64,6 +65,16 @@ def train(asked: Asked) -> None:
         return Screen(plan, training.steps, changes, unigram_entropy(stream))
 
     train_plan(plan, run, _num_ranks(asked, plan), asked.device, audience, _reading)
+    if output is not None and os.environ.get("RANK", "0") == "0":
+        _keep_record(plan, output, asked)
+
+
+def _keep_record(plan: Plan, output: Path, asked: Asked) -> None:
+    """What was predicted of the run beside what it took, for `runs`."""
+    from meshwright.runtime.launch import gpu_name
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", plan.layout.world_size))
+    keep_training(plan, output, gpu_name(asked.device, local))
 
 
 @contextmanager

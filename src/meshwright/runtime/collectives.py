@@ -17,8 +17,18 @@ from torch.distributed import ProcessGroup
 Group = ProcessGroup | None
 
 # torch 2.13 renames these two and warns of the old names, which are the only ones before it
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+
+
+def all_gather_single(out: Tensor, x: Tensor, group: Group) -> None:
+    """All ranks' x into one tensor; looked up in torch by each call, where a profile labels it."""
+    getattr(dist, _GATHER)(out, x, group=group)
+
+
+def reduce_scatter_single(out: Tensor, x: Tensor, group: Group) -> None:
+    """This rank's share of the sum into a tensor; looked up as `all_gather_single` is."""
+    getattr(dist, _SCATTER)(out, x, group=group)
 
 
 def gather(x: Tensor, group: Group) -> Tensor:

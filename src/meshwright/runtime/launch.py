@@ -65,6 +65,11 @@ def device_kind(asked: DeviceKind, num_local: int) -> Literal["cpu", "cuda"]:
     return asked
 
 
+def gpu_name(asked: DeviceKind, num_local: int) -> str | None:
+    """The name of the GPU that ranks compute on; None where processors do."""
+    return torch.cuda.get_device_name(0) if device_kind(asked, num_local) == "cuda" else None
+
+
 def run_joined(plan: Plan, device: DeviceKind, work: Work) -> None:
     """This process is one rank of torchrun's: do its part."""
     world, local_world = _stated("WORLD_SIZE", None), _stated("LOCAL_WORLD_SIZE", "1")

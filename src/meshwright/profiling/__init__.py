@@ -1,0 +1,5 @@
+"""What `meshwright profile` was asked, measured, and how that compares with what was predicted."""
+
+from meshwright.profiling.answer import Asked, ProfileAnswer, profile
+
+__all__ = ["Asked", "ProfileAnswer", "profile"]

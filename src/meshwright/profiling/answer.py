@@ -1,0 +1,216 @@
+"""A profile from what was asked to where the time went, predicted beside measured."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from meshwright.cluster import LOCAL_GPU
+from meshwright.errors import InputError, MeshwrightError
+from meshwright.plan import Plan, write_plan
+from meshwright.planner.interval import interval
+from meshwright.planner.planned import planned
+from meshwright.profiling.joined import Row, joined
+from meshwright.profiling.predicted import Predicted, predicted
+from meshwright.profiling.trace import RankTrace, rank_trace
+from meshwright.profiling.usage import RankUse, rank_use
+from meshwright.runs import Figures, RunRecord, record_of, write_record
+from meshwright.verify import require_valid
+
+Progress = Callable[[str, int, int], None]
+USUAL_STEPS = 10
+MOST_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command line of `profile`."""
+
+    file: str
+    overrides: tuple[str, ...] = ()
+    steps: int = USUAL_STEPS
+    nproc: int | None = None
+    output: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class RankFigures(Protocol):
+    """What one rank measured, as the runtime's session gives it: steps without and with the profiler in
+    seconds, peak bytes, the GPU's name, and the file of its trace."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def step_s(self) -> tuple[float, ...]: ...
+    @property
+    def profiled_s(self) -> tuple[float, ...]: ...
+    @property
+    def peak_bytes(self) -> int: ...
+    @property
+    def gpu(self) -> str | None: ...
+    @property
+    def trace(self) -> Path: ...
+
+
+@dataclass(frozen=True)
+class ProfileAnswer:
+    """Where a step's time and memory go. `step_s`: seconds of each step without the profiler, on the slowest
+    rank; `peak_bytes`: measured by rank."""
+
+    plan: Plan
+    step_s: tuple[float, ...]
+    profiled_s: tuple[float, ...]
+    uses: tuple[RankUse, ...]
+    rows: tuple[Row, ...]
+    predicted: Predicted
+    peak_bytes: tuple[int, ...]
+    record: RunRecord
+
+    @property
+    def step_time_s(self) -> float:
+        """The median step without the profiler."""
+        return statistics.median(self.step_s)
+
+    @property
+    def slowest(self) -> RankUse:
+        """The rank that computes longest: the others wait for it."""
+        return max(self.uses, key=lambda use: use.compute_s)
+
+    def document(self) -> dict[str, Any]:
+        """As JSON."""
+        low, high = interval(self.plan, self.predicted.step.step_time_s)
+        return {
+            "plan": self.plan.name,
+            "digest": self.plan.digest,
+            "machine": self.record.machine.model_dump(mode="json"),
+            "calibration": self.record.calibration,
+            "step_time_s": self.step_time_s,
+            "steps_s": list(self.step_s),
+            "profiled_step_time_s": statistics.median(self.profiled_s),
+            "predicted_step_time_s": self.predicted.step.step_time_s,
+            "predicted_low_s": low,
+            "predicted_high_s": high,
+            "ranks": [use.document() for use in self.uses],
+            "slowest_rank": self.slowest.rank,
+            "idle_s": {
+                "measured": sum(use.idle_s for use in self.uses) / len(self.uses),
+                "predicted": self.predicted.idle_s,
+            },
+            "memory_bytes": {
+                "measured": list(self.peak_bytes),
+                "predicted_by_pipeline_rank": list(self.predicted.tensor_bytes),
+            },
+            "disagreements": [row.document() for row in self.rows],
+        }
+
+
+def profile(asked: Asked, progress: Progress) -> ProfileAnswer:
+    """Run a plan's steps and hold them against its prediction. Raises InputError and MeshwrightError."""
+    if not 1 <= asked.steps <= MOST_STEPS:
+        raise InputError("--steps", asked.steps, f"between 1 and {MOST_STEPS} steps", [USUAL_STEPS])
+    plan = planned(asked.file, asked.overrides, "native", progress)
+    _require_runnable(plan, asked.nproc)
+    _require_extra()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces itself on stderr otherwise
+    folder = Path(asked.file).resolve().parent
+    with _traces(asked.output) as traces:
+        found = _measured(plan, asked, folder, traces)
+        answer = _answer(plan, found)
+        if asked.output is not None:
+            _keep(answer, Path(asked.output))
+    return answer
+
+
+def _require_runnable(plan: Plan, nproc: int | None) -> None:
+    if plan.policy.engine != "native":
+        rule = "meshwright runs its own engine, and plans for others"
+        raise InputError("policy.engine", plan.policy.engine, rule, ["native"])
+    world = plan.layout.world_size
+    if nproc is not None and nproc != world:
+        raise InputError("--nproc", nproc, f"the plan's layout has {world} ranks", [world])
+    if nproc is None and plan.cluster.gpu.name != LOCAL_GPU and "RANK" not in os.environ:
+        rule = "the plan is for a cluster: start its ranks with torchrun, or say how many to start here"
+        raise InputError("--nproc", "missing", rule, [world])
+    require_valid(plan)
+
+
+def _require_extra() -> None:
+    for name in ("torch", "datasets", "tokenizers"):
+        if find_spec(name) is None:
+            raise MeshwrightError(f"profiling needs {name}: pip install 'meshwright[train]'")
+
+
+@contextmanager
+def _traces(output: str | None) -> Iterator[Path]:
+    """Where traces go: into the run's folder, or away."""
+    if output is not None and not output.strip():
+        raise InputError("--output", output, "a folder", ["runs/first"])
+    with tempfile.TemporaryDirectory(prefix="meshwright-") as folder:
+        yield Path(folder)
+        if output is not None:
+            _move_traces(Path(folder), Path(output) / "traces")
+
+
+def _move_traces(source: Path, target: Path) -> None:
+    """Traces packed, as Perfetto opens them."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.glob("*.trace.json")):
+        with path.open("rb") as plain, gzip.open(target / f"{path.name}.gz", "wb", compresslevel=5) as packed:
+            shutil.copyfileobj(plain, packed)
+
+
+def _measured(plan: Plan, asked: Asked, folder: Path, traces: Path) -> Sequence[RankFigures]:
+    from meshwright.runtime.profile import Session, profile_plan
+
+    return profile_plan(plan, Session(folder, traces, asked.steps), asked.device)
+
+
+def _answer(plan: Plan, found: Sequence[RankFigures]) -> ProfileAnswer:
+    traces: list[RankTrace] = []
+    for one in found:
+        traces.append(rank_trace(one.rank, json.loads(one.trace.read_text("utf-8"))["traceEvents"]))
+    modules = {name for trace in traces for name in trace.forward}
+    expected = predicted(plan, modules)
+    ranks_of_stage = plan.layout.world_size // plan.layout.pp
+    step_s = _slowest([one.step_s for one in found])
+    peaks = tuple(one.peak_bytes for one in found)
+    figures = Figures(step_time_s=statistics.median(step_s), peak_memory_bytes=max(peaks))
+    record = record_of("profile", plan, found[0].gpu, len(step_s), figures, "tensors")
+    return ProfileAnswer(
+        plan,
+        step_s,
+        _slowest([one.profiled_s for one in found]),
+        tuple(map(rank_use, traces)),
+        tuple(joined(expected, traces, ranks_of_stage)),
+        expected,
+        peaks,
+        record,
+    )
+
+
+def _slowest(by_rank: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Each step on the rank that took longest."""
+    return tuple(max(times) for times in zip(*by_rank, strict=True))
+
+
+def _keep(answer: ProfileAnswer, folder: Path) -> None:
+    """Plan, measurements and record in the run's folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("--output", str(folder), f"cannot be written: {error.strerror}") from None
+    write_plan(answer.plan, folder / "plan.yaml")
+    text = json.dumps(answer.document(), ensure_ascii=False, allow_nan=False, indent=1)
+    (folder / "profile.json").write_text(text + "\n", "utf-8")
+    write_record(answer.record, folder)

@@ -1,0 +1,10 @@
+"""Tests of this folder share modules that stand beside them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "runtime"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "calibrating"))
