@@ -124,7 +124,7 @@ def _of_schedule(plan: Plan) -> Iterator[Candidate]:
 
 
 def chunks_of(schedule: ScheduleName, vpp: int) -> int:
-    """Chunks a rank that a schedule gets in place of one with `vpp`: as many where it may, else two or one."""
+    """Chunks a rank that a schedule gets in place of one with `vpp`: as many if it may, else two or one."""
     if schedule not in CHUNKED_SCHEDULES:
         return 1
     return 2 if schedule in V_SCHEDULES or vpp == 1 else vpp
