@@ -160,17 +160,13 @@ def _residual(here: Surroundings, tokens: int, width: int) -> Subject:
     return Subject(lambda: x + y, [x, y], update=lambda: one + other)
 
 
-def _rope(makes_angles: bool, here: Surroundings, tokens: int, width: int) -> Subject:
-    """The angles are made once for queries and keys, and count with the queries."""
+def _rope(here: Surroundings, tokens: int, width: int) -> Subject:
+    """Turning queries or keys; a stage makes the angles once for all of its layers."""
     dim = here.model.qk_head_dim if width % here.model.qk_head_dim == 0 else width
     x = here.tensor(tokens, 1, width // dim, dim)
     places = torch.arange(tokens, device=here.device).unsqueeze(1)
-    known = rotation(here.model, places)
-
-    def run() -> Tensor:
-        return rotate(x, *(rotation(here.model, places) if makes_angles else known))
-
-    return Subject(run, [x])
+    cos, sin = rotation(here.model, places)
+    return Subject(lambda: rotate(x, cos, sin), [x])
 
 
 def _embedding(here: Surroundings, tokens: int, width: int) -> Subject:
@@ -278,8 +274,8 @@ _BUILDERS: Mapping[str, Callable[..., Subject]] = {
     "activation": _activation,
     "gated_activation": _gated,
     "residual": _residual,
-    "rope_q": partial(_rope, True),
-    "rope_k": partial(_rope, False),
+    "rope_q": _rope,
+    "rope_k": _rope,
     "embedding": _embedding,
     "route": _route,
     "permute": _copies,
