@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from meshwright.calibrating.references import (
     Reference,
@@ -97,10 +97,7 @@ def coverage(plan: Plan, table: EfficiencyTable) -> Confidence:
 
 
 def _budget(text: str) -> float:
-    try:
-        seconds = float(SECONDS.parse(text))
-    except ValueError as error:
-        raise InputError("--budget", text, str(error), [USUAL_BUDGET]) from None
+    seconds = float(SECONDS.parse(text, "--budget"))
     if not 1 <= seconds <= 3600:
         raise InputError("--budget", text, "between 1 s and 1 h", [USUAL_BUDGET])
     return seconds
@@ -183,40 +180,51 @@ def _of_condition(
         budget_s,
     )
     measured = measure_locally(job, kind)
-    points = tuple(
-        OpPoint(
-            op=shape.op,
-            phase=shape.phase,
-            sizes=shape.sizes,
-            time_s=_rounded(one.time_s),
-            spread=_rounded(one.spread),
-            samples=one.samples,
-        )
-        for shape, one in measured.shapes.items()
-    )
-    zero = {"dense": 0.0, "experts": 0.0}
     bare = Kernels(
-        ranks=ranks, threads=measured.threads, precision=precision, host_s=zero, step_s=0.0, points=points
+        ranks=ranks,
+        threads=measured.threads,
+        precision=precision,
+        host_s={"dense": 0.0, "experts": 0.0},
+        step_s=0.0,
+        points=tuple(_op_points(measured.shapes)),
     )
-    alone = EfficiencyTable(
-        machine=this_machine(measured.gpu), date="-", subject="-", wall_s=1.0, kernels=(bare,)
-    )
-    seconds = [one.time_s for one in measured.references]
-    values = constants_from(asked, seconds, alone, kind == "cpu")
+    kernels = _with_constants(bare, asked, [one.time_s for one in measured.references], kind == "cpu")
+    return kernels, tuple(_link_points(measured.links, ranks)), measured.gpu, measured.wall_s
+
+
+class Timed(Protocol):
+    """Seconds of one thing as the runtime gives them: median, spread, and how many samples."""
+
+    @property
+    def time_s(self) -> float: ...
+    @property
+    def spread(self) -> float: ...
+    @property
+    def samples(self) -> int: ...
+
+
+def _figures(one: Timed) -> dict[str, Any]:
+    return {"time_s": _rounded(one.time_s), "spread": _rounded(one.spread), "samples": one.samples}
+
+
+def _op_points(found: Mapping[Any, Timed]) -> Iterator[OpPoint]:
+    for (op, phase, sizes), one in found.items():
+        yield OpPoint(op=op, phase=phase, sizes=sizes, **_figures(one))
+
+
+def _link_points(found: Mapping[tuple[str, int], Timed], ranks: int) -> Iterator[LinkPoint]:
+    for (kind, size), one in found.items():
+        yield LinkPoint.model_validate({"collective": kind, "ranks": ranks, "bytes": size, **_figures(one)})
+
+
+def _with_constants(
+    bare: Kernels, asked: Sequence[Reference], seconds: Sequence[float], is_serial: bool
+) -> Kernels:
+    """The kernels with what launching and a step cost besides, from the steps of the references."""
+    alone = EfficiencyTable(machine=this_machine(), date="-", subject="-", wall_s=1.0, kernels=(bare,))
+    values = constants_from(asked, seconds, alone, is_serial)
     host_s = {name: _rounded(value) for name, value in values.host_s.items()}
-    kernels = bare.model_copy(update={"host_s": host_s, "step_s": _rounded(values.step_s)})
-    links = tuple(
-        LinkPoint(
-            collective=name,
-            ranks=ranks,
-            bytes=size,
-            time_s=_rounded(one.time_s),
-            spread=_rounded(one.spread),
-            samples=one.samples,
-        )
-        for (name, size), one in measured.links.items()
-    )
-    return kernels, links, measured.gpu, measured.wall_s
+    return bare.model_copy(update={"host_s": host_s, "step_s": _rounded(values.step_s)})
 
 
 def _device_kind(asked: Literal["auto", "cpu", "cuda"], ranks: int) -> Literal["cpu", "cuda"]:

@@ -1,0 +1,153 @@
+"""The command on this machine: it measures what a plan needs, and refuses what makes no sense."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import DENSE, MOE, small_deployment
+
+from meshwright.__main__ import main
+from meshwright.calibrating.shapes import grid
+from meshwright.deployment import deployment_from
+from meshwright.efficiency_table import read_table
+from meshwright.files import to_yaml
+from meshwright.machine import this_machine
+from meshwright.model import Model
+from meshwright.plan import resolve
+from meshwright.runtime.calibrate import Shape, Surroundings
+from meshwright.runtime.calibrate.rounds import LEAST_ROUNDS, REPEATS, in_turns, summed_up
+from meshwright.runtime.calibrate.subjects import subject_of
+
+
+def written(document: dict[str, Any], path: Path) -> Path:
+    """A deployment's file."""
+    path.write_text(to_yaml(document), "utf-8")
+    return path
+
+
+def test_a_plan_of_two_ranks_is_measured_and_then_simulated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = written(small_deployment(MOE, ranks=2, ep=2, batch=(4, 16)), tmp_path / "plan.yaml")
+    table = tmp_path / "here.yaml"
+    arguments = ["calibrate", "--plan", str(plan), "--budget", "1 s", "--nproc", "2", "-o", str(table)]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (covered,) = found["plans"]
+    assert covered["measured_fraction"] == pytest.approx(1.0)
+    assert covered["unmeasured"] == []
+    assert [kernels["ranks"] for kernels in found["kernels"]] == [2, 1]
+    assert {link["collective"] for link in found["links"]} == {
+        "all_reduce",
+        "all_gather",
+        "reduce_scatter",
+        "all_to_all",
+        "send_recv",
+    }
+    assert all(point["samples"] >= LEAST_ROUNDS * REPEATS for point in found["kernels"][0]["points"])
+    kept = read_table(table)
+    assert kept.digest == found["digest"]
+    assert kept.machine.is_like(this_machine())
+    assert main(["simulate", str(plan), "--json"]) == 0
+    assumed = json.loads(capsys.readouterr().out)["step_time_s"]
+    assert main(["simulate", str(plan), "--calibration", str(table), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step_time_s"] != assumed
+    document = small_deployment(MOE, ranks=2, ep=2, batch=(4, 16))
+    document["cluster"]["calibration"] = "here.yaml"  # from the file's folder
+    inside = written(document, tmp_path / "inside.yaml")
+    assert main(["plan", str(inside), "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["plans"][0]
+    assert planned["confidence"]["assumed_fraction"] == pytest.approx(0.0)
+
+
+def test_what_is_found_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = written(small_deployment(DENSE), tmp_path / "plan.yaml")
+    assert main(["calibrate", "--plan", str(plan), "--budget", "1 s", "--nproc", "1"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 rank at work" in said
+    assert "launching an op" in said
+    assert "of a micro-batch's seconds 100% measured" in said
+
+
+MODEL = resolve(deployment_from(small_deployment(MOE), Path())).model
+GATED = resolve(deployment_from(small_deployment({**MOE, "num_key_value_heads": 2}), Path())).model
+
+
+@pytest.mark.parametrize("model", [MODEL, GATED], ids=["heads of their own", "shared heads"])
+def test_every_op_of_the_grid_runs_in_its_phases(model: Model) -> None:
+    here = Surroundings(model, torch.float32, torch.device("cpu"))
+    small = {(op, phase): tuple(min(size, 16) for size in sizes) for op, phase, sizes in grid("cpu")}
+    for (op, phase), sizes in small.items():
+        subject = subject_of(Shape(op, phase, sizes), here)
+        subject.prepared(phase)()
+        if phase == "weight_gradient":
+            assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in subject.weights)
+        if phase == "input_gradient" and subject.update is None:
+            assert all(one.grad is not None for one in subject.inputs)
+            assert not subject.splits or all(w.grad.abs().sum() == 0 for w in subject.weights)
+        subject.settle()
+        subject.prepared("forward" if phase != "step" else phase)()
+
+
+def test_things_take_turns_and_their_first_runs_do_not_count() -> None:
+    calls: list[str] = []
+
+    def thing(name: str) -> float:
+        calls.append(name)
+        return float(len(calls))
+
+    rounds = iter([True, True, False])
+    found = in_turns([lambda: thing("a"), lambda: thing("b")], 0.0, lambda wanted: next(rounds))
+    turn = 1 + REPEATS
+    assert "".join(calls) == "ab" + ("a" * turn + "b" * turn) * 2
+    assert [len(samples) for samples in found] == [2 * REPEATS] * 2
+    assert 1.0 not in found[0]
+
+
+def test_the_median_and_its_spread() -> None:
+    found = summed_up([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert (found.time_s, found.samples) == (3.0, 5)
+    assert found.spread == pytest.approx((4.0 - 2.0) / 2 / 3.0)
+
+
+BAD = {
+    "no time": (("--budget", "1 ms"), "--budget: '1 ms': between 1 s and 1 h"),
+    "no unit": (("--budget", "60"), "--budget"),
+    "no ranks": (("--nproc", "0"), "--nproc: 0: between 1 and 64 ranks"),
+    "no plan": (("--plan", "nowhere.yaml"), "nowhere.yaml"),
+    "types that differ": (("--plan", "{}/fp32.yaml", "--plan", "{}/bf16.yaml"), "in one number type"),
+    "no GPU": (("--plan", "{}/fp32.yaml", "--device", "cuda", "--nproc", "64"), "need a GPU each"),
+    "over its plan": (("--plan", "{}/fp32.yaml", "-o", "{}/fp32.yaml"), "would be overwritten"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_message(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for precision in ("fp32", "bf16"):
+        document = small_deployment(DENSE, workload={"precision": precision})
+        written(document, tmp_path / f"{precision}.yaml")
+    flags, words = BAD[name]
+    assert main(["calibrate", *(flag.format(tmp_path) for flag in flags)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert words in said.err
+    assert len(said.err.strip().splitlines()) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_is_measured_and_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = written(small_deployment(MOE, workload={"precision": "bf16"}), tmp_path / "plan.yaml")
+    table = tmp_path / "gpu.yaml"
+    device = ("--device", "cuda", "--nproc", "1")
+    assert main(["calibrate", "--plan", str(plan), "--budget", "5 s", "-o", str(table), *device]) == 0
+    assert read_table(table).machine.device == "cuda"
+    capsys.readouterr()
+    assert main(["profile", str(plan), "--calibration", str(table), "--json", *device]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ranks"][0]["compute_s"] > 0
+    assert found["memory_bytes"]["measured"][0] > 0
