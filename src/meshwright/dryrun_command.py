@@ -40,7 +40,7 @@ def dryrun(
         typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file: layout.tp=4. Repeatable."),
     ] = None,
 ) -> None:
-    """Build and run every rank of a plan without a GPU and without memory."""
+    """Build and run every rank without GPUs or memory."""
     from meshwright.cli import guard_input
     from meshwright.dryrun import Asked, answered
     from meshwright.terminal.progress import progress_bar

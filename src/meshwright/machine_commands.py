@@ -119,7 +119,7 @@ def profile(
     as_json: Json = False,
     overrides: Overrides = None,
 ) -> None:
-    """Run a plan's steps: where the time goes, predicted beside measured."""
+    """Run a plan's steps: where time goes, beside what was predicted."""
     from meshwright.profiling import Asked
     from meshwright.profiling import profile as run_profile
     from meshwright.terminal.progress import progress_bar
