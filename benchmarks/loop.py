@@ -6,6 +6,9 @@ anything is trained their step times are written down. Then each layout is profi
 turn, and the median of its steps counts. Printed are the mean error of step times, how many of the pairs that
 differ by more than 15 % are ranked right, and the error of the peak of tensors.
 
+The plans state balanced routing, so tokens are spread evenly over experts; with `--as-routed` they go where
+an untrained router sends them, and the fullest rank of two holds and computes more than predicted.
+
 `python benchmarks/loop.py` takes about six minutes. Nothing else should compute meanwhile: the load before
 and after is printed.
 """
@@ -120,11 +123,13 @@ def predictions(plans: Mapping[str, Path], table: Path) -> list[Row]:
     return rows
 
 
-def measure(rows: Sequence[Row], plans: Mapping[str, Path], table: Path, rounds: int, steps: int) -> None:
+def measure(
+    rows: Sequence[Row], plans: Mapping[str, Path], table: Path, rounds: int, always: Sequence[str]
+) -> None:
     """Profile every layout in each round."""
     for number in range(rounds):
         for row in rows:
-            flags = ("--calibration", str(table), "--steps", str(steps), "--nproc", str(row.ranks))
+            flags = ("--calibration", str(table), "--nproc", str(row.ranks), *always)
             found = command("profile", str(plans[row.name]), *flags)
             row.steps_s += found["steps_s"]
             row.measured_bytes = max(found["memory_bytes"]["measured"])
@@ -184,6 +189,7 @@ def main() -> None:
     parser.add_argument("--budget", default="120 s", help="of the calibration (120 s)")
     parser.add_argument("--rounds", type=int, default=2, help="profiles of each layout (2)")
     parser.add_argument("--steps", type=int, default=20, help="steps in each of them (20)")
+    parser.add_argument("--as-routed", action="store_true", help="tokens go where an untrained router says")
     asked = parser.parse_args()
     cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix="meshwright-") as folder:
@@ -197,7 +203,8 @@ def main() -> None:
         for one in found["plans"]:
             print(f"  {one['plan']:<24} {one['measured_fraction']:.0%}")
         rows = predictions(plans, table)
-        measure(rows, plans, table, asked.rounds, asked.steps)
+        routed = () if asked.as_routed else ("--balanced",)
+        measure(rows, plans, table, asked.rounds, ("--steps", str(asked.steps), *routed))
         print(f"load after: {os.getloadavg()[0]:.1f}")
         for line in report(rows, cores):
             print(line)

@@ -116,6 +116,9 @@ def profile(
     calibration: Annotated[
         str | None, typer.Option(metavar="FILE", help="Predict by what `calibrate` measured there.")
     ] = None,
+    balanced: Annotated[
+        bool, typer.Option("--balanced", help="Spread tokens evenly over experts, not by the router.")
+    ] = False,
     as_json: Json = False,
     overrides: Overrides = None,
 ) -> None:
@@ -124,7 +127,7 @@ def profile(
     from meshwright.profiling import profile as run_profile
     from meshwright.terminal.progress import progress_bar
 
-    asked = Asked(file, with_calibration(overrides, calibration), steps, nproc, output, device)
+    asked = Asked(file, with_calibration(overrides, calibration), steps, nproc, output, device, balanced)
     with progress_bar() as progress:
         answer = run_profile(asked, progress)
     if int(os.environ.get("RANK", "0") or 0) != 0:  # under torchrun one rank speaks

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import DENSE, MOE, small_deployment
 from tables import table_for
 
@@ -20,6 +21,7 @@ from meshwright.plan import Plan, resolve
 from meshwright.profiling.predicted import module_of, predicted
 from meshwright.profiling.trace import labelled_calls, rank_trace
 from meshwright.runtime.profile import Session, profile_plan
+from meshwright.runtime.profile.living import Living
 from meshwright.verify import require_valid
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -109,7 +111,7 @@ def test_a_profile_of_two_ranks_is_printed(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     document = small_deployment(MOE, ranks=2, ep=2, batch=(4, 16))
-    assert run({**document, "training": {"data": str(text)}}, tmp_path) == 0
+    assert run({**document, "training": {"data": str(text)}}, tmp_path, "--balanced") == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "computes longest" in said
     assert "overlap" in said
@@ -146,3 +148,18 @@ def test_bad_input_is_one_message(name: str, tmp_path: Path, capsys: pytest.Capt
     assert said.out == ""
     assert words in said.err
     assert len(said.err.strip().splitlines()) == 1
+
+
+def test_the_peak_is_that_of_living_storages() -> None:
+    with Living() as living:
+        kept = torch.zeros(1000)
+        views = kept.view(10, 100)[2:4] + 1.0  # 200 elements of their own
+        del views
+        living.storages.restart()
+        double = kept * 2
+        assert living.storages.total == 8000
+        del double
+        kept.add_(1.0)
+        again = torch.ones(500)
+    assert living.storages.most == 8000
+    assert living.storages.total == 4 * (kept.numel() + again.numel())

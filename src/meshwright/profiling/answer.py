@@ -42,6 +42,7 @@ class Asked:
     nproc: int | None = None
     output: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    balanced: bool = False
 
 
 class RankFigures(Protocol):
@@ -173,7 +174,7 @@ def _move_traces(source: Path, target: Path) -> None:
 def _measured(plan: Plan, asked: Asked, folder: Path, traces: Path) -> Sequence[RankFigures]:
     from meshwright.runtime.profile import Session, profile_plan
 
-    return profile_plan(plan, Session(folder, traces, asked.steps), asked.device)
+    return profile_plan(plan, Session(folder, traces, asked.steps, asked.balanced), asked.device)
 
 
 def _answer(plan: Plan, found: Sequence[RankFigures]) -> ProfileAnswer:

@@ -77,6 +77,8 @@ def _rank(plan: Plan, mesh: Mesh, stream: DataStream, session: Session) -> None:
     rows = rows_of_rank(plan, mesh)
     with ExitStack() as stack:
         living = None if mesh.device.type == "cuda" else stack.enter_context(Living())
+        if living is not None:
+            stack.enter_context(living.storages.watching_resizes())
         trainer = Trainer(plan, mesh, routes_evenly=session.routes_evenly)
         step = _stepping(trainer, stream, rows)
         peak = _peak(step, living, mesh)
@@ -115,9 +117,9 @@ def _peak(step: Callable[[], float], living: Living | None, mesh: Mesh) -> int:
     """The peak of the second step: the first makes what later ones find."""
     step()
     if living is not None:
-        living.restart()
+        living.storages.restart()
         step()
-        return living.most
+        return living.storages.most
     torch.cuda.reset_peak_memory_stats(mesh.device)
     step()
     return torch.cuda.max_memory_allocated(mesh.device)
