@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from meshwright.machine import this_machine
 from meshwright.model import Model
 from meshwright.plan import resolve
 from meshwright.runtime.calibrate import Shape, Surroundings
-from meshwright.runtime.calibrate.rounds import LEAST_ROUNDS, REPEATS, in_turns, summed_up
+from meshwright.runtime.calibrate.rounds import LEAST_ROUNDS, REPEATS, clock_of, in_turns, summed_up
 from meshwright.runtime.calibrate.subjects import subject_of
 
 
@@ -151,3 +153,16 @@ def test_a_gpu_is_measured_and_profiled(tmp_path: Path, capsys: pytest.CaptureFi
     found = json.loads(capsys.readouterr().out)
     assert found["ranks"][0]["compute_s"] > 0
     assert found["memory_bytes"]["measured"][0] > 0
+
+
+def test_a_thread_with_a_processor_of_its_own_is_timed_by_what_it_computes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert clock_of(cpu, 2) is time.thread_time
+    assert clock_of(cpu, 4) is time.perf_counter
+    assert clock_of(gpu, 1) is time.perf_counter
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert clock_of(cpu, 1) is time.perf_counter

@@ -18,7 +18,7 @@ from meshwright.ir.graph import CollectiveKind
 from meshwright.model import Model
 from meshwright.plan import Plan
 from meshwright.runtime.calibrate.links import PAYLOADS, timed_collective
-from meshwright.runtime.calibrate.rounds import Sampled, Timed, in_turns, seconds_of, summed_up
+from meshwright.runtime.calibrate.rounds import Sampled, Timed, clock_of, in_turns, seconds_of, summed_up
 from meshwright.runtime.calibrate.subjects import Shape, Subject, Surroundings, subject_of
 from meshwright.runtime.launch import DeviceKind, device_kind, run_local
 from meshwright.runtime.mesh import Mesh, single_process
@@ -136,12 +136,10 @@ def _shapes(job: Job, mesh: Mesh, budget_s: float, goes_on: Callable[[bool], boo
         key = (shape.op, shape.sizes)
         if key not in subjects:
             subjects[key] = subject_of(shape, here)
-        timed.append(_timed_phase(subjects[key], shape.phase, mesh.device))
+        timed.append(_timed_phase(subjects[key], shape.phase, mesh))
     nothing = torch.zeros(1, device=mesh.device, requires_grad=True)
     entering = Subject(lambda: nothing.view_as(nothing), [nothing])
-    *found, empty = in_turns(
-        [*timed, _timed_phase(entering, "input_gradient", mesh.device)], budget_s, goes_on
-    )
+    *found, empty = in_turns([*timed, _timed_phase(entering, "input_gradient", mesh)], budget_s, goes_on)
     entry_s = summed_up(empty).time_s
     least = 1e-7
 
@@ -154,9 +152,11 @@ def _shapes(job: Job, mesh: Mesh, budget_s: float, goes_on: Callable[[bool], boo
     ]
 
 
-def _timed_phase(subject: Subject, phase: str, device: torch.device) -> Timed:
+def _timed_phase(subject: Subject, phase: str, mesh: Mesh) -> Timed:
+    clock = clock_of(mesh.device, mesh.layout.world_size)
+
     def sample() -> float:
-        seconds = seconds_of(subject.prepared(phase), device)
+        seconds = seconds_of(subject.prepared(phase), mesh.device, clock)
         subject.settle()
         return seconds
 
@@ -169,12 +169,14 @@ def _timed_step(plan: Plan, mesh: Mesh) -> Timed:
     count, length = plan.sequences_per_replica, plan.workload.max_sequence_length
     tokens = torch.randint(0, plan.model.vocab_size, (count, length), device=mesh.device)
 
+    clock = clock_of(mesh.device, mesh.layout.world_size)
+
     def sample() -> float:
-        began = time.perf_counter()
+        began = clock()
         trainer.step(tokens, tokens)
         if mesh.device.type == "cuda":
             torch.cuda.synchronize(mesh.device)
-        return time.perf_counter() - began
+        return clock() - began
 
     return sample
 

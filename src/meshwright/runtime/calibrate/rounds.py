@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -55,13 +56,24 @@ def summed_up(seconds: Sequence[float]) -> Sampled:
     return Sampled(middle, (high - low) / 2 / middle if middle else 0.0, len(ordered))
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+Clock = Callable[[], float]
+
+
+def clock_of(device: torch.device, num_ranks: int) -> Clock:
+    """What times the work of a rank. One thread with a processor of its own is timed by what it computes:
+    the time in which other programs have its processor is no property of the machine. Several threads wait for
+    one another, and ranks that share processors for theirs: there the time on the wall counts."""
+    own = device.type == "cpu" and torch.get_num_threads() == 1 and num_ranks <= (os.cpu_count() or 1)
+    return time.thread_time if own else time.perf_counter
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, clock: Clock = time.perf_counter) -> float:
     """Seconds from the start of some work to its end on the device."""
     if device.type == "cuda":
         return _on_gpu(work)
-    began = time.perf_counter()
+    began = clock()
     work()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def _on_gpu(work: Callable[[], object]) -> float:
