@@ -61,8 +61,8 @@ Clock = Callable[[], float]
 
 def clock_of(device: torch.device, num_ranks: int) -> Clock:
     """What times the work of a rank. One thread with a processor of its own is timed by what it computes:
-    the time in which other programs have its processor is no property of the machine. Several threads wait for
-    one another, and ranks that share processors for theirs: there the time on the wall counts."""
+    the time in which other programs have its processor is no property of the machine. Several threads wait
+    for one another, and ranks that share processors for theirs: there the time on the wall counts."""
     own = device.type == "cpu" and torch.get_num_threads() == 1 and num_ranks <= (os.cpu_count() or 1)
     return time.thread_time if own else time.perf_counter
 
