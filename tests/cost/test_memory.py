@@ -27,7 +27,7 @@ from meshwright.ir.parameters import count_parameters
 from meshwright.ir.program import LoweredBlock, Program, lower
 from meshwright.ir.sharding import local_numel
 from meshwright.plan import Plan, resolve
-from meshwright.policy import SCHEDULES, V_SCHEDULES
+from meshwright.policy import SCHEDULES, SPLIT_BACKWARD, V_SCHEDULES
 
 LINKS = [{"name": "node", "kind": "nvlink", "bandwidth": "450 GB/s", "latency": "3 us"}]
 GPT: dict[str, Any] = {  # LayerNorm, GELU, f = 4h, plain attention: the model of arXiv:2205.05198 fig. 2
@@ -297,7 +297,7 @@ def test_a_v_peaks_where_1f1b_does_on_every_rank_alike() -> None:
     one chunk more than it has stages (arXiv:2412.19437 Table 2: PP + 1), and DualPipeV has 2p of them."""
     layers = {}
     for schedule in ("1F1B", "ZBVZeroBubble", "DualPipeV"):
-        program = program_of(GPT, {"pp": 4}, 16, engine="native", schedule=schedule)
+        program = program_of(GPT, {"pp": 4}, 16, engine="torchtitan", zero_stage=2, schedule=schedule)
         layer = layer_of(program).saved_bytes
         layers[schedule] = [round(rank.line("activations") / layer, 1) for rank in memory(program)[1:3]]
     assert layers["1F1B"] == [12, 8]
@@ -307,7 +307,8 @@ def test_a_v_peaks_where_1f1b_does_on_every_rank_alike() -> None:
 
 def test_zero_bubble_holds_inputs_and_output_gradients_until_the_weight_gradient() -> None:
     """arXiv:2401.10241 §2: W needs each matmul's input and the gradient of its output, nothing else."""
-    program = program_of(GPT, {"pp": 4}, 16, engine="native", schedule="InterleavedZeroBubble")
+    policy = {"zero_stage": 2, "schedule": "InterleavedZeroBubble"}
+    program = program_of(GPT, {"pp": 4}, 16, engine="torchtitan", **policy)
     layer = layer_of(program)
     inputs = (2 + 2 + 2 + 8) * SBH  # of q, k, v; o; up; down
     outputs = (3 + 1 + 4 + 1) * 2 * SBH
@@ -316,6 +317,29 @@ def test_zero_bubble_holds_inputs_and_output_gradients_until_the_weight_gradient
     assert waiting == sorted(waiting)
     assert waiting[0] == 0
     assert waiting[3] >= 3 * 2 * layer.deferred_bytes  # rank r runs its weight gradients r steps late
+
+
+def test_an_engine_that_retains_the_graph_keeps_all_until_the_weight_gradient() -> None:
+    """As torch.distributed.pipelining splits backward: what forward kept, and the outputs' gradients."""
+    program = program_of(GPT, {"pp": 4}, 16, engine="native", schedule="InterleavedZeroBubble")
+    layer = layer_of(program)
+    waiting = [rank.line("deferred weight gradients") for rank in memory(program)]
+    assert waiting[2] % (layer.saved_bytes + layer.output_gradient_bytes) == 0
+    assert waiting[2] > 0
+
+
+def test_a_reduced_share_has_a_buffer_of_its_own_where_the_engine_says_so() -> None:
+    whole = memory(program_of(GPT, {"dp": 4}, engine="native", zero_stage=0))[0]
+    divided = memory(program_of(GPT, {"dp": 4}, engine="native"))[0]
+    assert whole.line("gradient shares") == 0
+    assert divided.line("gradient shares") == -(-divided.line("gradients") // 4)
+
+
+def test_receive_buffers_of_all_micro_batches_stand_from_the_first() -> None:
+    few, many = (
+        memory(program_of(GPT, {"pp": 2}, count, engine="native", schedule="1F1B"))[1] for count in (4, 16)
+    )
+    assert many.line("pipeline buffers") == 4 * few.line("pipeline buffers") > 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -343,7 +367,7 @@ def test_lines_are_named_once_positive_and_add_up(
         assert rank.total_bytes == sum(part.bytes for part in rank.lines)
         assert rank.stages == tuple(s.index for s in program.stages if s.rank == rank.pp_rank)
         known = {*STATES, "activations", "logits", "deferred weight gradients"}
-        known |= {"gathered parameters"} if pp > 1 else set()
+        known |= {"gradient shares"} | ({"gathered parameters", "pipeline buffers"} if pp > 1 else set())
         assert {part.name for part in rank.lines if not part.assumed} <= known
         assert all(part.assumed == ("assumed:" in part.why) for part in rank.lines)
         if rank.line("logits"):  # a split backward may peak when the logits are gone
@@ -367,7 +391,8 @@ def test_more_zero_and_more_recompute_never_need_more(schedule: str, engine: str
         program = program_of(GPT, layout, 8, engine=engine, schedule=schedule, recompute=recompute)
         names = ("activations", "recomputed activations", "deferred weight gradients")
         kept.append([line(rank, *names) for rank in memory(program)])
-    for costs in (held, kept):
+    retains = engine == "native" and schedule in SPLIT_BACKWARD  # what is run again waits for W, too
+    for costs in (held,) if retains else (held, kept):
         for more, less in pairwise(costs):
             assert all(a >= b for a, b in zip(more, less, strict=True))
     assert held[0] > held[1] > held[3]
@@ -385,8 +410,8 @@ def test_uneven_stages_weigh_what_they_hold() -> None:
 
 
 def test_experts_that_are_divided_weigh_less_and_what_they_exchange_is_counted() -> None:
-    alone = program_of(MOE, {"dp": 4}, engine="native")
-    divided = program_of(MOE, {"dp": 4, "ep": 4}, engine="native")
+    alone = program_of(MOE, {"dp": 4}, engine="megatron")
+    divided = program_of(MOE, {"dp": 4, "ep": 4}, engine="megatron")
     experts = count_parameters(alone.plan.model).by_part["experts"]
     saved = memory(alone)[0].line("weights") - memory(divided)[0].line("weights")
     assert saved == 2 * experts * 3 // 4

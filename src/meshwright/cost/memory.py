@@ -125,7 +125,7 @@ class _Blocks:
             self.bytes[kind] = (
                 head_bytes(block, self.setting, plan.layout.tp)
                 if block.name == "head"
-                else block_bytes(block, plan.workload.compute_bytes, self.load)
+                else block_bytes(block, self.setting, plan.policy.recompute, self.load)
             )
         return self.bytes[kind]
 
@@ -245,7 +245,12 @@ def _transient(setting: Setting) -> dict[str, Why]:
         ),
         "expert dispatch buffers": ("assumed: both sides of the largest exchange", True),
         "gradient placeholders": ("empty weight gradients, one for each shape of a layer's weights", False),
-        "pipeline buffers": ("assumed: one send and one receive buffer per neighbour", True),
+        "gradient shares": ("reduced gradients, in a buffer beside the whole ones", False),
+        "pipeline buffers": (
+            ("receive buffers of all micro-batches, made before the first", False)
+            if setting.engine.receives_ahead.value
+            else ("assumed: one send and one receive buffer per neighbour", True)
+        ),
         "gathered parameters": alone if setting.pp == 1 else (kept, False),
         "gradient bucket": ("assumed: one block's gradients while they are divided", True),
     }

@@ -16,9 +16,9 @@ from meshwright.ir.graph import OpKind
 from meshwright.ir.holding import Holding
 from meshwright.ir.lowering import MATMULS, LoweredBlock
 from meshwright.ir.step import reduces_by_block, reduces_in_backward
-from meshwright.ir.tasks import ComputeTask
+from meshwright.ir.tasks import CommTask, ComputeTask
 from meshwright.plan import Plan
-from meshwright.policy import ZeroStage
+from meshwright.policy import Recompute, ZeroStage
 from meshwright.workload import Workload
 
 LOGITS = ("head.logits", "head.probabilities")
@@ -154,28 +154,112 @@ def _loaded(tensors: Mapping[str, tuple[int, bool]], load: float) -> int:
     return sum(size for size, _ in tensors.values()) + rounded((load - 1) * routed)
 
 
-def block_bytes(block: LoweredBlock, element_bytes: int, load: float = 1.0) -> BlockBytes:
+def block_bytes(
+    block: LoweredBlock, setting: Setting, recompute: Recompute = "none", load: float = 1.0
+) -> BlockBytes:
     """The bytes of a lowered block on the rank whose experts take `load` times the mean of tokens."""
-    saved = _loaded(block.saved, load)
-    kept = {name: tensor for name, tensor in block.saved.items() if tensor[1]}
-    gradients = exchanged = weights = 0
+    saved, element_bytes = _loaded(block.saved, load), setting.workload.compute_bytes
+    remade = larger(0, _loaded(block.saved_without_recompute, load) - saved)
+    gradients = _shared_input_bytes(block, setting, load)
+    exchanged = weights = 0
     for task in block.tasks:
         if isinstance(task, ComputeTask):
             if task.phase == "forward":
                 more = load if _is_routed(task.name) else 1.0
-                gradients = larger(gradients, rounded(more * _op_gradient_bytes(task, element_bytes)))
+                own = rounded(more * _op_gradient_bytes(task, element_bytes))
+                gradients = larger(gradients, own + _weight_gradient_bytes(task, setting))
                 weights += prod(task.sizes[-2:]) if task.kind in MATMULS else 0
         elif task.axis in ("ep", "etp"):
             exchanged = larger(exchanged, rounded(load * task.bytes) * (task.num_ranks > 1))
+    if setting.engine.places_every_copy.value:
+        exchanged = larger(exchanged, _every_copy_bytes(block, element_bytes) // 2)
     return BlockBytes(
         saved=saved,
         logits=sum(size for name, (size, _) in block.saved.items() if name in LOGITS),
-        deferred=block.deferred_bytes + _loaded(kept, load) - _loaded(kept, 1.0),
-        remade=larger(0, _loaded(block.saved_without_recompute, load) - saved),
+        deferred=_deferred(block, setting, recompute, load, saved, remade),
+        remade=remade,
         gradients=gradients,
         exchanged=exchanged,
         weights=weights,
     )
+
+
+def _every_copy_bytes(block: LoweredBlock, unit: int) -> int:
+    """Under the all-gather dispatcher, a row for every chosen expert of every gathered token, of which a rank
+    fills those of its own experts, and their sums."""
+    forward = [task for task in block.tasks if task.phase == "forward"]
+    copies = [t.bytes // 4 for t in forward if isinstance(t, CommTask) and t.name.endswith(".gather_weights")]
+    if not copies:
+        return 0
+    gathered = next(t.bytes for t in forward if isinstance(t, CommTask) and t.name.endswith("moe.dispatch"))
+    width = next(
+        t.sizes[1] for t in forward if isinstance(t, ComputeTask) and t.name.endswith(".combine_tokens")
+    )
+    return copies[0] * width * unit + gathered
+
+
+def _deferred(
+    block: LoweredBlock, setting: Setting, recompute: Recompute, load: float, saved: int, remade: int
+) -> int:
+    """What waits for a deferred weight gradient. An engine that retains the graph keeps all that forward
+    kept, and of layers that are run again all that this made, beside the matmuls' output gradients."""
+    if setting.engine.retains_graph.value:
+        return saved + block.output_gradient_bytes + remade * (recompute == "full")
+    kept = {name: tensor for name, tensor in block.saved.items() if tensor[1]}
+    return block.deferred_bytes + _loaded(kept, load) - _loaded(kept, 1.0)
+
+
+_OF_ONE_INPUT = (".q", ".k", ".v", ".gate", ".up")
+"""Matmuls of a layer that read the same input."""
+
+
+def _shared_input_bytes(block: LoweredBlock, setting: Setting, load: float) -> int:
+    """The gradients of matmuls that share an input, where they are made apart: the sum so far, the next one
+    and the new sum, beside the gradients of their outputs."""
+    if not setting.engine.eager_gradients.value:
+        return 0
+    unit, most = setting.workload.compute_bytes, 0
+    widths: dict[str, list[tuple[int, int, int]]] = {}
+    for task in block.tasks:
+        if isinstance(task, CommTask) or task.phase != "forward" or task.kind not in MATMULS:
+            continue
+        if task.name.endswith(_OF_ONE_INPUT):
+            m, n, k = task.sizes[-3:]
+            widths.setdefault(task.name.rsplit(".", 1)[0], []).append((m, n, k))
+    for name, ops in widths.items():
+        if len(ops) > 1:
+            m, _, k = ops[0]
+            own = m * (3 * k + sum(n for _, n, _ in ops)) * unit
+            own = rounded((load if _is_routed(name + ".") else 1.0) * own)
+            most = larger(most, own - _kept_after(block, name, load))
+    return most
+
+
+_INPUTS = {"attention": "attention_norm", "mlp": "mlp_norm", "shared": "mlp_norm", "experts": "dispatched"}
+"""The tensor that the matmuls of a part of a layer share."""
+
+
+def _kept_after(block: LoweredBlock, part: str, load: float) -> int:
+    """Bytes of a layer that its backward has let go of when it comes to a part's first matmuls: all that
+    forward kept after their input."""
+    name = _INPUTS.get(part.rsplit(".", 1)[-1], "")
+    after = list(block.saved)
+    place = next(
+        (n for n, key in enumerate(after) if name and f".{name}" in key and "statistics" not in key), None
+    )
+    if place is None:
+        return 0
+    return _loaded({key: block.saved[key] for key in after[place + 1 :]}, load)
+
+
+def _weight_gradient_bytes(task: ComputeTask, setting: Setting) -> int:
+    """A matmul's weight gradient where autograd makes it, and its FP32 copy where the compute type is
+    another."""
+    if task.kind not in MATMULS or not setting.engine.eager_gradients.value:
+        return 0
+    unit = setting.workload.compute_bytes
+    groups = task.sizes[0] if task.kind is OpKind.GROUPED_MATMUL else 1
+    return groups * task.sizes[-1] * task.sizes[-2] * (unit + MASTER_BYTES * (unit != MASTER_BYTES))
 
 
 def head_bytes(block: LoweredBlock, setting: Setting, tp: int) -> BlockBytes:
@@ -184,7 +268,7 @@ def head_bytes(block: LoweredBlock, setting: Setting, tp: int) -> BlockBytes:
     On top of what is kept of the logits come first what the loss makes besides, then the input's gradient
     and, where the engine adds weight gradients in the matmul, an empty one of the whole projection.
     """
-    plain = block_bytes(block, setting.workload.compute_bytes)
+    plain = block_bytes(block, setting)
     loss, unit = setting.engine.loss.value, setting.workload.compute_bytes
     most = loss.peak + (loss.divided_peak - loss.peak) * (tp > 1)
     tokens, vocabulary, hidden = next(
@@ -209,15 +293,16 @@ def _op_gradient_bytes(task: ComputeTask, unit: int) -> int:
             return 2 * sizes[0] * sizes[1] * unit
 
 
-def transient_bytes(blocks: Iterable[BlockBytes]) -> tuple[int, int, int]:
+def transient_bytes(setting: Setting, blocks: Iterable[BlockBytes]) -> tuple[int, int, int]:
     """What one backward pass needs on top of what is held: remade activations, activation gradients, and both
-    sides of the largest exchange between expert ranks; each the most of any block."""
+    sides of the largest exchange between expert ranks; each the most of any block. Where gradients are
+    counted op by op, an exchange adds what it needs beyond the largest op: the two are not at once."""
     remade = gradients = exchanged = 0
     for block in blocks:
         remade = larger(remade, block.remade)
         gradients = larger(gradients, block.gradients)
         exchanged = larger(exchanged, block.exchanged)
-    return remade, gradients, 2 * exchanged
+    return remade, gradients, larger(0, 2 * exchanged - gradients * setting.engine.eager_gradients.value)
 
 
 def placeholder_bytes(setting: Setting, blocks: Iterable[BlockBytes]) -> int:
@@ -226,6 +311,21 @@ def placeholder_bytes(setting: Setting, blocks: Iterable[BlockBytes]) -> int:
     for block in blocks:
         largest = larger(largest, block.weights)
     return largest * setting.workload.compute_bytes * setting.engine.placeholder_gradients.value
+
+
+def gradient_share_bytes(setting: Setting, held: Holding, dp_cp: int, edp: int) -> int:
+    """This rank's share of the reduced gradients, where it has a buffer beside the whole ones."""
+    if setting.zero_stage == 0 or not setting.engine.gradient_shares_apart.value:
+        return 0
+    shares = held.dense_share * (dp_cp > 1) + held.expert_share * (edp > 1)
+    return shares * setting.engine.gradient_bytes.value
+
+
+def pipeline_buffer_bytes(setting: Setting, sends_bytes: int, num_micro_batches: int) -> int:
+    """Buffers for what neighbouring stages send. A stage receives as much as it sends: where the engine makes
+    the buffers of all micro-batches ahead, the inputs among them are those that forward keeps, and outputs
+    that backward starts from stand in their place."""
+    return sends_bytes * (num_micro_batches if setting.engine.receives_ahead.value else 2)
 
 
 def gathered_bytes(setting: Setting, largest_block: int, stages: Iterable[int]) -> int:

@@ -11,6 +11,8 @@ from meshwright.cost.parts import (
     bucket_bytes,
     context_bytes,
     gathered_bytes,
+    gradient_share_bytes,
+    pipeline_buffer_bytes,
     placeholder_bytes,
     slack_bytes,
     states,
@@ -44,7 +46,7 @@ def fixed_lines(
     setting: Setting, content: RankContent, num_micro_batches: int, dp_cp: int, edp: int
 ) -> dict[str, int]:
     """Bytes of every line of a rank but those in flight, by name; with the allocator's slack on them all."""
-    remade, gradients, exchanged = transient_bytes(content.blocks)
+    remade, gradients, exchanged = transient_bytes(setting, content.blocks)
     whole = [whole_copies(setting, stage, dp_cp, edp) for stage in content.stages]
     lines = {name: part.total for name, part in states(setting, content.params, num_micro_batches).items()}
     lines |= {
@@ -52,7 +54,8 @@ def fixed_lines(
         "activation gradients": gradients,
         "expert dispatch buffers": exchanged,
         "gradient placeholders": placeholder_bytes(setting, content.blocks),
-        "pipeline buffers": 2 * content.sends_bytes,
+        "gradient shares": gradient_share_bytes(setting, content.params, dp_cp, edp),
+        "pipeline buffers": pipeline_buffer_bytes(setting, content.sends_bytes, num_micro_batches),
         "gathered parameters": gathered_bytes(setting, content.largest_block, whole),
         "gradient bucket": bucket_bytes(setting, content.largest_block, dp_cp),
     }

@@ -54,7 +54,7 @@ def checks_of_all(expected: Expected, probes: Sequence[Observed]) -> Iterator[Ch
     built = [seen for seen in probes if not seen.conduct.failed]
     yield counted("groups", "ranks", _wrong_groups(expected, probes))
     yield counted("stages", "ranks", _wrong_stages(expected, built))
-    yield _parameters(expected, built)
+    yield parameters_check(expected, built)
     yield counted("element types", "ranks", _wrong_elements(expected, built))
     yield counted("slices", "parameters", _wrong_slices(expected, built) if len(built) == len(probes) else ())
     found = mismatches(expected.groups, [seen.conduct for seen in probes])
@@ -67,9 +67,9 @@ def checks_of_steps(
     """Checks of whole steps. `conducts`: every rank's in a whole step, where all are known."""
     yield counted("step", "ranks", _failures(steps))
     run = [seen for seen in steps if not seen.conduct.failed]
-    yield _flops(expected, run)
-    yield counted("collectives", "calls", _wrong_calls(expected, run))
-    yield counted("order", "ranks", _wrong_order(expected, run))
+    yield flops_check(expected, run)
+    yield collectives_check(expected, run)
+    yield order_check(expected, run)
     if conducts is not None:
         yield _progress(expected, conducts)
     yield memory_check(expected, run)
@@ -133,7 +133,7 @@ def _run(layers: tuple[int, ...]) -> str:
     return f"{layers[0]}–{layers[-1]}" if layers else "none"
 
 
-def _parameters(expected: Expected, built: Sequence[Observed]) -> Check:
+def parameters_check(expected: Expected, built: Sequence[Observed]) -> Check:
     """Names, shapes and bytes; the deviation is that of a rank's bytes."""
     worst, why = 0.0, ""
     wrong = 0
@@ -212,7 +212,8 @@ def _ranges(ranges: Ranges) -> str:
     return "[" + ", ".join(f"{start}:{stop}" for start, stop in ranges) + "]"
 
 
-def _flops(expected: Expected, run: Sequence[Observed]) -> Check:
+def flops_check(expected: Expected, run: Sequence[Observed]) -> Check:
+    """FLOPs of each kind against the graph's."""
     worst, why = 0.0, ""
     for (pp_rank, conduct), seen in _distinct(expected, run):
         said, did = expected.work(pp_rank), conduct.work
@@ -222,6 +223,11 @@ def _flops(expected: Expected, run: Sequence[Observed]) -> Check:
             if off > worst:
                 worst, why = off, f"rank {seen.facts.rank}: {one:,} FLOPs of {kind}, the graph has {other:,}"
     return Check("flops", worst == 0, worst, "fraction", why)
+
+
+def collectives_check(expected: Expected, run: Sequence[Observed]) -> Check:
+    """Kinds, axes, counts and bytes of a step's collectives against the graph's."""
+    return counted("collectives", "calls", _wrong_calls(expected, run))
 
 
 def _wrong_calls(expected: Expected, run: Sequence[Observed]) -> Iterator[str]:
@@ -238,6 +244,11 @@ def _as_the_graph_names(conduct: Conduct) -> Counter[tuple[str, str, int]]:
     for (kind, axis, size), count in conduct.counted().items():
         found[kind, "tp" if axis == "kv_copies" else axis, size] += count
     return found
+
+
+def order_check(expected: Expected, run: Sequence[Observed]) -> Check:
+    """The pipeline's actions against the schedule's."""
+    return counted("order", "ranks", _wrong_order(expected, run))
 
 
 def _wrong_order(expected: Expected, run: Sequence[Observed]) -> Iterator[str]:

@@ -230,16 +230,16 @@ class Tables:
         if self.needs_bytes and not traffic:
             tp: Any = rows.tp
             load = self._loads[np.searchsorted(self._loaded, rows.ep)]
-            size = {level: self._bytes(one, tp, load) for level, one in lowered.items()}
+            size = {level: self._bytes(one, tp, level, load) for level, one in lowered.items()}
             for entries in found.values():
                 entries.bytes.update(size)
         return found
 
-    def _bytes(self, block: LoweredBlock, tp: int, load: float) -> BlockBytes:
-        space = self.space
+    def _bytes(self, block: LoweredBlock, tp: int, level: Recompute, load: float) -> BlockBytes:
+        setting = Setting(self.space.engine, self.space.workload, 0, 1)
         if block.name == "head":
-            return head_bytes(block, Setting(space.engine, space.workload, 0, 1), tp)
-        return block_bytes(block, space.workload.compute_bytes, load)
+            return head_bytes(block, setting, tp)
+        return block_bytes(block, setting, level, load)
 
     def _levels(self, kind: Kind) -> dict[Recompute, None]:
         """The levels of recompute at which a kind of block is asked for."""

@@ -21,7 +21,7 @@ from meshwright.runtime.collectives import (
     gather,
     scatter_sum,
 )
-from meshwright.runtime.permute import copies_in_order, reordered, restored, weighted_sum
+from meshwright.runtime.permute import copies_in_order, placed, reordered, restored, weighted_sum
 from meshwright.runtime.region import Setting
 
 Experts = Callable[[Tensor, Tensor], Tensor]
@@ -114,5 +114,4 @@ def _over_tensor_ranks(rows: Tensor, counts_PL: Tensor, experts: Experts, group:
     owners = [F.pad(owners_of_rows(counts[rank]), (0, most - sizes[rank]), value=-1) for rank in range(ranks)]
     order, by_expert = by_expert_order(torch.cat(owners), counts.shape[-1])
     outputs = experts(copies_in_order(padded, order, 1), by_expert)
-    spread = outputs.new_zeros(padded.shape[0], outputs.shape[-1]).index_copy(0, order, outputs)
-    return scatter_sum(spread, group)[:own]
+    return scatter_sum(placed(outputs, order, padded.shape[0]), group)[:own]

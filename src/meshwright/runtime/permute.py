@@ -27,12 +27,16 @@ def weighted_sum(y_NH: Tensor, weights_TK: Tensor, order_N: Tensor) -> Tensor:
     tokens, top_k = weights_TK.shape
     weights_N = weights_TK.to(y_NH.dtype).flatten().index_select(0, order_N)
     y_NH = y_NH * weights_N.unsqueeze(-1)
-    return _Placed.apply(y_NH, order_N, tokens * top_k).view(tokens, top_k, -1).sum(1)
+    return placed(y_NH, order_N, tokens * top_k).view(tokens, top_k, -1).sum(1)
+
+
+def placed(y_NH: Tensor, order_N: Tensor, rows: int) -> Tensor:
+    """Row i of y as row order[i] of `rows` rows, zero elsewhere."""
+    return _Placed.apply(y_NH, order_N, rows)
 
 
 class _Placed(torch.autograd.Function):
-    """Row i of y as row order[i] of `rows` rows, zero elsewhere. Keeps the order alone, where torch's own
-    index_copy keeps y too."""
+    """Keeps the order alone, where torch's own index_copy keeps what it places too."""
 
     @staticmethod
     def forward(ctx: Any, y_NH: Tensor, order_N: Tensor, rows: int) -> Tensor:

@@ -135,6 +135,13 @@ class Recorder(TorchDispatchMode):
     # collectives
 
     def _communicated(self, func: Any, args: Any, kwargs: Any) -> Any:
+        kind, axis, group = self._noted(func, args)
+        out = _sent(func, args, kwargs)
+        self._follow(kind, axis, group, args)
+        return out
+
+    def _noted(self, func: Any, args: Any) -> tuple[CollectiveKind, str, ProcessGroup]:
+        """What a collective is; it is among the events from now on."""
         name = func._schema.name.removeprefix("c10d::")
         kind = _KINDS.get(name)
         if kind is None:
@@ -142,11 +149,9 @@ class Recorder(TorchDispatchMode):
         boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and _is_group(arg))
         group = ProcessGroup.unbox(boxed)
         axis = self.axis_of.get(group.group_name, group.group_name)
-        out = _sent(func, args, kwargs)
         if not self.paused:
             self.events.append(_call(kind, name, axis, args))
-        self._follow(kind, axis, group, args)
-        return out
+        return kind, axis, group
 
     def _follow(self, kind: CollectiveKind, axis: str, group: ProcessGroup, args: Any) -> None:
         """What whole numbers are known after it, and whose storage its result is."""

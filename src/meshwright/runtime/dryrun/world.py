@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -16,15 +17,18 @@ from meshwright.plan import Plan
 from meshwright.runtime.mesh import Mesh, build_mesh, single_process
 
 
+_NUMBERS = count()
+
+
 class RealNumbersMesh(Mesh):
     """A mesh whose ranks are real numbers where tensors are fake."""
 
     def device_mesh(self, *axes: str) -> DeviceMesh:
-        """As `Mesh.device_mesh`, and unlike that of any other rank of this process: PyTorch keeps what it
-        worked out for equal meshes, with the groups of the rank that came first."""
+        """As `Mesh.device_mesh`, and unlike any other of this process: PyTorch keeps what it worked out for
+        equal meshes, with the groups of the world that came first."""
         with _disable_current_modes():
             made = super().device_mesh(*axes)
-        made._thread_id, made._hash = self.rank, None
+        made._thread_id, made._hash = next(_NUMBERS), None
         return made
 
 

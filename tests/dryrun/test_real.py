@@ -1,0 +1,72 @@
+"""A dry run is a real run without values: the same events in the same order, FLOPs, parameters and bytes.
+
+Both seams are in it: the real ranks route evenly too, and multiply groups of every type for real.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from layouts import Case, _case
+from real_runs import real
+
+from meshwright.runtime.dryrun.rehearse import observe
+from meshwright.runtime.dryrun.seams import FAKE_OPS, SEAMS, grouped_mm
+
+CASES = (
+    _case("gated", "pp2 dp2 ep2", "z1", "mb2", "1F1B"),
+    _case("gated", "dp2 ep2", "z1", "selective", "bf16"),
+    _case("plain", "tp2 dp2 ep2 etp2", "z1", "mb4", "allgather", "fp16"),
+    _case("tied", "pp2 dp2 ep2 vpp2", "z2", "ZBVZeroBubble"),
+    _case("gated", "dp4 ep2", "z3", "mb2"),
+    _case("balanced", "tp2 dp2 ep4", "z1", "mb4", "full"),
+)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("real")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_rank_does_for_real_what_its_dry_run_does(case: Case, corpus: Path) -> None:
+    plan = case.plan("adamw")
+    for rank, (conduct, peak) in enumerate(real(case, corpus)):
+        seen = observe(plan, rank)
+        assert seen.conduct.events == conduct.events
+        assert seen.conduct.work == conduct.work
+        assert seen.conduct.parameters == conduct.parameters
+        assert seen.conduct.stages == conduct.stages
+        assert seen.peak is not None
+        # to the byte without FSDP2 and split backwards, which let go of tensors a moment earlier or later
+        assert seen.peak.bytes == pytest.approx(peak.bytes, rel=0.015)
+
+
+def test_peaks_are_equal_to_the_byte_where_nothing_is_freed_late(corpus: Path) -> None:
+    plan = CASES[0].plan("adamw")
+    for rank, (_, peak) in enumerate(real(CASES[0], corpus)):
+        assert observe(plan, rank).peak == peak
+
+
+def test_there_are_two_seams() -> None:
+    assert SEAMS == ("routing", "grouped matmul")
+    assert list(FAKE_OPS) == [torch.ops.aten._grouped_mm.default]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_fake_grouped_matmul_has_the_real_one_s_shape(kind: torch.dtype) -> None:
+    x, ends = torch.ones(16, 16, dtype=kind), torch.tensor([4, 8, 16], dtype=torch.int32)
+    pairs = (
+        (x, torch.ones(3, 16, 8, dtype=kind), ends),
+        (x.t(), torch.ones(16, 8, dtype=kind), ends),
+    )
+    for left, right, offs in pairs:
+        true = torch._grouped_mm(left, right, offs=offs)
+        fake = grouped_mm(left, right, offs)
+        assert (fake.shape, fake.dtype) == (true.shape, true.dtype)
+        assert fake.untyped_storage().nbytes() == true.untyped_storage().nbytes()
