@@ -208,6 +208,8 @@ def main() -> None:
         print(f"load after: {os.getloadavg()[0]:.1f}")
         for line in report(rows, cores):
             print(line)
+        if found["machine"]["device"] == "cpu":
+            print("on a GPU: not measured, none is at hand")
 
 
 if __name__ == "__main__":

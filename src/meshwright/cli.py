@@ -295,6 +295,7 @@ def train(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON line a step, nothing else.")
     ] = False,
+    calibration: Calibration = None,
     overrides: Overrides = None,
 ) -> None:
     """Train a plan, on ranks of this machine or under torchrun."""
@@ -304,7 +305,7 @@ def train(
     guard_input(file, None)
     asked = Asked(
         file,
-        tuple(overrides or ()),
+        with_calibration(overrides, calibration),
         nproc,
         scale_down,
         device,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from meshwright.runs import Found
+from meshwright.runs import Found, RunRecord
 from meshwright.terminal import printable
 from meshwright.terminal.wording import figures_table
 from meshwright.units import BYTES, SECONDS
@@ -24,7 +24,7 @@ def show_runs(runs: Sequence[Found], console: Console) -> None:
         record = one.record
         rows.add_row(
             printable(one.folder),
-            " ".join(f"{axis}{n}" for axis, n in record.layout.items() if n > 1) or "1 rank",
+            _degrees(record),
             SECONDS.format(record.measured.step_time_s),
             SECONDS.format(record.predicted.step_time_s) + ("" if record.calibration else "*"),
             f"{record.time_error:+.0%}",
@@ -40,3 +40,9 @@ def show_runs(runs: Sequence[Found], console: Console) -> None:
         console.print(
             "* priced by the catalogue's curves or assumed rates, not by a calibration of the machine"
         )
+
+
+def _degrees(record: RunRecord) -> str:
+    """The axes that are divided."""
+    divided = (f"{axis}{n}" for axis, n in record.layout.items() if n > 1 and axis != "world_size")
+    return " ".join(divided) or "1 rank"
