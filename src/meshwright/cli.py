@@ -177,7 +177,7 @@ def plan(
     lengths: Annotated[
         str | None, typer.Option(metavar="128,4096,…", help="Tokens to compare at (shortest and longest).")
     ] = None,
-    top: Annotated[int | None, typer.Option(metavar="N", help="Plans to list (10; 20 in JSON).")] = None,
+    top: Annotated[int | None, typer.Option(metavar="N", help="Plans to list (10).")] = None,
     as_json: Json = False,
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="PATH", help="Write the best plan's file there.")
