@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from meshwright.plan import Plan
 from meshwright.runtime.mesh import Mesh, build_mesh, single_process
 
-
 _NUMBERS = count()
 
 
