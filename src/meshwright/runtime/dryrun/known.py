@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 from meshwright.runtime.dryrun.routes import Routes
 
 aten = torch.ops.aten
+_CPU = torch.device("cpu")
+MOST_KEPT = 4096
+"""Results that are kept before all are made anew."""
 LARGEST = 2**21
 """Elements beyond which a tensor's values are not kept: attention masks of whole sequences."""
 _VALUE = "known_value"
@@ -40,9 +43,33 @@ _MAKERS = {
 class KnownNumbers:
     """The values of fake tensors of whole numbers."""
 
-    def __init__(self, routes: Routes, run: Callable[..., Any]) -> None:
-        """`run` runs an op on fake tensors."""
+    def __init__(self, routes: Routes, run: Callable[..., Any], done: dict[Any, Any] | None = None) -> None:
+        """`run` runs an op on fake tensors. `done` holds what was done for real: every layer, micro-batch and
+        rank counts and sorts the same numbers."""
         self.routes, self.run_fake = routes, run
+        self.done: dict[Any, Any] = {} if done is None else done
+
+    def chosen(self, num_tokens: int, layer: int, place: int) -> Tensor:
+        """A fake tensor of the experts that the rank at a place along ep chooses, with its value."""
+        place = self.routes.alike(num_tokens, place)
+        real = self._once(
+            (self.routes.rule, num_tokens, layer if self.routes.differs_by_layer else 0, place),
+            lambda: self.routes.decision(num_tokens, layer, place, _CPU).choices,
+        )
+        fake = torch.empty(real.shape, dtype=real.dtype, device=_CPU)
+        vars(fake)[_VALUE] = real
+        return fake
+
+    def _once(self, key: Any, make: Callable[[], Any], *inputs: Any) -> Any:
+        """What `make` makes of these inputs, made once. Inputs are kept: keys name them by their places in
+        memory."""
+        found = self.done.get(key)
+        if found is None:
+            if len(self.done) > MOST_KEPT:
+                self.done.clear()
+            with _disable_current_modes():
+                found = self.done[key] = make(), inputs
+        return found[0]
 
     def value(self, tensor: Tensor) -> Tensor | None:
         """The real tensor of a fake one, where it is known."""
@@ -95,14 +122,24 @@ class KnownNumbers:
         return every, some
 
     def _real(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        def value(leaf: Any) -> Any:
-            return vars(leaf)[_VALUE] if isinstance(leaf, Tensor) else leaf
+        changes = func._schema.is_mutable
+        inputs: list[Tensor] = []
 
-        real_args, real_kwargs = tree_map(value, (args, kwargs))
-        if "device" in real_kwargs:
-            real_kwargs["device"] = torch.device("cpu")
-        with _disable_current_modes():
+        def value(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            inputs.append(vars(leaf)[_VALUE])
+            return inputs[-1].clone() if changes else inputs[-1]
+
+        def run() -> Any:
             return func(*real_args, **real_kwargs)
+
+        with _disable_current_modes():
+            real_args, real_kwargs = tree_map(value, (args, kwargs))
+            if "device" in real_kwargs:
+                real_kwargs["device"] = _CPU
+            key = _key(func, real_args, real_kwargs)
+            return run() if changes or key is None else self._once(key, run, *inputs)
 
     def _keep(self, out: Any, real: Any) -> None:
         for fake, known in zip(tree_flatten(out)[0], tree_flatten(real)[0], strict=True):
@@ -127,21 +164,47 @@ class KnownNumbers:
         known = self.value(own)
         if known is None:
             return
-        with _disable_current_modes():
+
+        def gathered() -> Tensor:
             places = range(num_ranks)
-            parts = [self.routes.choices_of(known, p) if axis == "ep" else known for p in places]
-            vars(out)[_VALUE] = torch.cat(parts)
+            return torch.cat([self.routes.choices_of(known, p) if axis == "ep" else known for p in places])
+
+        vars(out)[_VALUE] = self._once(
+            (self.routes.rule, "gathered", axis, num_ranks, id(known)), gathered, known
+        )
 
     def exchanged(self, out: Tensor, own: Tensor, place: int, num_ranks: int) -> None:
         """Of every rank along ep, how many copies come for this rank's experts."""
         known = self.value(own)
         if known is None:
             return
-        with _disable_current_modes():
+
+        def exchanged() -> Tensor:
             local = known.numel() // num_ranks
             mine = slice(place * local, (place + 1) * local)
-            counts = [self.routes.counts_of(known, p)[mine] for p in range(num_ranks)]
-            vars(out)[_VALUE] = torch.cat(counts)
+            return torch.cat([self.routes.counts_of(known, p)[mine] for p in range(num_ranks)])
+
+        vars(out)[_VALUE] = self._once(
+            (self.routes.rule, "exchanged", place, num_ranks, id(known)), exchanged, known
+        )
+
+
+def _key(func: Any, args: Any, kwargs: Any) -> Any:
+    """What names a call: tensors by where they are, all else by value; None for what cannot be told."""
+    try:
+        key = func, _named(args), tuple((name, _named(value)) for name, value in kwargs.items())
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _named(arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        return "tensor", id(arg)
+    if isinstance(arg, list | tuple):
+        return tuple(map(_named, arg))
+    return type(arg), arg
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

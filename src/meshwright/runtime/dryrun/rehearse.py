@@ -33,11 +33,11 @@ from meshwright.runtime.step import Trainer
 @contextmanager
 def rehearsal(plan: Plan) -> Iterator[Recorder]:
     """While active, tensors have no values, and the recorder sees what is done with them."""
-    routes = routes_of(plan)
     results = _results()
-    recorder = Recorder(KnownNumbers(routes, results.run))
+    known = KnownNumbers(routes_of(plan), results.run, results.whole_numbers)
+    recorder = Recorder(known)
     with (
-        routing(routes),
+        routing(known),
         results.mode,
         recorder.storages.watching_resizes(),
         actions_seen(recorder),

@@ -25,6 +25,7 @@ class RememberedResults:
     def __init__(self, mode: FakeTensorMode) -> None:
         self.mode = mode
         self.makes: dict[Any, dict[Any, Make | None]] = {}
+        self.whole_numbers: dict[Any, Any] = {}
         self.device = torch.device("cpu")
         with mode:
             self.usual = dict(vars(torch.empty(0, device=self.device)))

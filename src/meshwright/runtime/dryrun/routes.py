@@ -6,7 +6,7 @@ Shape letters: T tokens of this rank, k choices of a token, E experts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,12 @@ from meshwright.workload import RoutingCounts
 
 class Routes(Protocol):
     """A rule by which every rank's choices are known to all."""
+
+    rule: tuple[Any, ...]
+    differs_by_layer: bool
+
+    def alike(self, num_tokens: int, place: int) -> int:
+        """The first place along ep whose rank chooses as the one at this place does."""
 
     def decision(self, num_tokens: int, layer: int, place: int, device: torch.device) -> Decision:
         """What the rank at a place along ep chooses for its tokens in a layer."""
@@ -34,6 +40,11 @@ class Even:
 
     def __init__(self, plan: Plan) -> None:
         self.top_k, self.num_experts = plan.model.num_experts_per_tok, plan.model.num_experts
+        self.rule, self.differs_by_layer = ("even", self.top_k, self.num_experts), False
+
+    def alike(self, num_tokens: int, place: int) -> int:
+        """By the rule, choices begin at place·T·k mod E."""
+        return place if num_tokens * self.top_k % self.num_experts else 0
 
     def decision(self, num_tokens: int, layer: int, place: int, device: torch.device) -> Decision:
         """Choice j of token t is ((place·T + t)·k + j) mod E."""
@@ -56,10 +67,15 @@ class Histogram:
 
     def __init__(self, plan: Plan, counts: RoutingCounts) -> None:
         self.top_k, self.num_experts = plan.model.num_experts_per_tok, plan.model.num_experts
+        self.rule, self.differs_by_layer = ("histogram", self.top_k, counts.tokens), True
         self.by_layer: dict[int, list[int]] = {}
         for layer, expert, tokens in counts.tokens:
             self.by_layer.setdefault(layer, [0] * self.num_experts)[expert] += tokens
         self.mean = [sum(column) for column in zip(*self.by_layer.values(), strict=True)]
+
+    def alike(self, num_tokens: int, place: int) -> int:
+        """All ranks choose alike."""
+        return 0
 
     def decision(self, num_tokens: int, layer: int, place: int, device: torch.device) -> Decision:
         """Experts in order, each as often as its share says, dealt out so that no token gets one twice."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshwright.runtime.dryrun.routes import Routes
+from meshwright.runtime.dryrun.known import KnownNumbers
 from meshwright.runtime.moe import MoE
 from meshwright.runtime.routing import Decision
 
@@ -26,13 +26,13 @@ SEAMS = ("routing", "grouped matmul")
 
 
 @contextmanager
-def routing(routes: Routes) -> Iterator[None]:
-    """While active, expert layers that route evenly take their choices from `routes`."""
+def routing(known: KnownNumbers) -> Iterator[None]:
+    """While active, expert layers that route evenly take their choices from what all ranks know."""
     even = MoE._even
 
     def chosen(self: MoE, logits_TE: Tensor, valid_T: Tensor | None) -> Decision:
         place = self.setting.mesh.position("ep")
-        return routes.decision(logits_TE.shape[0], self.layer, place, logits_TE.device)
+        return Decision(known.chosen(logits_TE.shape[0], self.layer, place))
 
     MoE._even = chosen  # type: ignore[method-assign]
     try:
