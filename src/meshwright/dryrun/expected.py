@@ -15,6 +15,7 @@ from meshwright.ir.sharding import local_shape, zero_axes, zero_degree
 from meshwright.ir.tasks import CommTask, ComputeTask
 from meshwright.layout import View
 from meshwright.plan import Plan
+from meshwright.workload import RoutingCounts
 
 _AXES: tuple[tuple[str, View], ...] = (
     ("tp", "dense"),
@@ -41,6 +42,13 @@ class Expected:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.program: Program = lower(plan)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether ranks route as the graph describes it: experts get equally many tokens. By a histogram they
+        do not, and what experts compute and exchange is the histogram's."""
+        routing: object = self.plan.workload.routing
+        return not isinstance(routing, RoutingCounts)
 
     @cached_property
     def groups(self) -> Groups:
