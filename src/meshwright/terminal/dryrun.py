@@ -18,6 +18,7 @@ from meshwright.ir.program import lower
 from meshwright.terminal import printable
 from meshwright.units import BYTES, format_count
 
+_COLLECTIVES = "collectives of a step: how many, bytes of all"
 MOST_ROWS = 16
 """Ranks that the tables list."""
 
@@ -113,7 +114,7 @@ def _largest(peak: Peak) -> str:
 
 def _collectives(answer: Answer) -> Table:
     """What a step sends on each axis, by rank."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="collectives of a step", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=_COLLECTIVES, title_justify="left")
     table.add_column("axis")
     table.add_column("kind")
     shown = answer.run[:4]
@@ -128,9 +129,7 @@ def _collectives(answer: Answer) -> Table:
             place[row.facts.rank] = count + call["count"], size + more
     for (axis, kind), by_rank in sorted(found.items()):
         cells = [by_rank.get(row.facts.rank, (0, 0)) for row in shown]
-        table.add_row(
-            axis, kind, *(f"{n:,} × in all {BYTES.format(size)}" if n else "–" for n, size in cells)
-        )
+        table.add_row(axis, kind, *(f"{n:,}, {BYTES.format(size)}" if n else "–" for n, size in cells))
     return table
 
 
