@@ -20,13 +20,18 @@ from meshwright.runtime.dryrun.rehearse import facts_of, observe
 from meshwright.runtime.dryrun.world import rank_of
 
 MOST_PROCESSES = 8
+USUAL = 4
+"""Ranks after which a process has seen most ops: one of each stage."""
 Done = Callable[[int], None]
 """Told how many more ranks are done."""
 
 
 def probe_all(plan: Plan, ranks: Sequence[int], done: Done) -> list[Observed]:
     """The conduct of each rank in a short step, in the order of the ranks."""
-    return _each(probe, plan, ranks, done)
+    torch.set_num_threads(1)
+    first = probe(plan, ranks[0])  # what it makes, forked processes share
+    done(1)
+    return [first, *_each(probe, plan, ranks[1:], done)]
 
 
 def observe_all(plan: Plan, ranks: Sequence[int], done: Done) -> list[Observed]:
@@ -108,8 +113,10 @@ def _received(pipes: list[Connection], done: Done) -> Iterator[Observed]:
 def _work(run: Callable[[Plan, int], Observed], plan: Plan, ranks: Sequence[int], pipe: Connection) -> None:
     """Sends what was seen of each rank; a conduct once, and then its number."""
     numbers: dict[Conduct, int] = {}
-    for rank in ranks:
+    for place, rank in enumerate(ranks):
         seen = run(plan, rank)
+        if place == USUAL:
+            gc.freeze()  # what is kept from rank to rank is there by now, and need not be looked at again
         new = seen.conduct not in numbers
         number = numbers.setdefault(seen.conduct, len(numbers))
         sent: Any = seen if new else Observed(seen.facts, None, seen.peak, seen.build_bytes)  # type: ignore[arg-type]

@@ -31,6 +31,7 @@ def probe(plan: Plan, rank: int) -> Observed:
     with rank_of(plan, rank) as mesh:
         try:
             with rehearsal(plan) as recorder:
+                recorder.counts_bytes = False
                 trainer = trainer_of(plan, mesh, recorder)
                 return Observed(facts_of(mesh, trainer), _probed(trainer, recorder))
         except Exception as error:

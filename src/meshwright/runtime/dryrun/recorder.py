@@ -47,7 +47,7 @@ class Recorder(TorchDispatchMode):
         self.axis_of: Mapping[str, str] = {}
         self.events: list[Event] = []
         self.work = {"matmul": 0, "grouped_matmul": 0, "attention": 0}
-        self.phase, self.paused = "build", False
+        self.phase, self.paused, self.counts_bytes = "build", False, True
         self.window: int | None = None
         self._pairs: dict[int, int] = {}
         self._meanings: dict[Any, Callable[[Any, Any, Any], Any]] = {}
@@ -102,6 +102,8 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _hold(self, out: Any) -> None:
+        if not self.counts_bytes:
+            return
         if isinstance(out, Tensor):
             self.storages.note(out, self._class())
         elif isinstance(out, list | tuple):
