@@ -69,6 +69,7 @@ LEVEL_OF = {
     "page": "page",
     "cli": "cli",
     "delivery": "cli",
+    "options": "cli",
     "dryrun_command": "cli",
     "machine_commands": "cli",
     "validating": "cli",

@@ -7,8 +7,7 @@ exceptions; `__main__` turns them into one line and an exit code.
 from __future__ import annotations
 
 import json
-import os
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +16,19 @@ from meshwright.delivery import BROKEN_PIPE, deliver, discard_the_rest, present,
 from meshwright.dryrun_command import register as register_dryrun
 from meshwright.errors import InputError
 from meshwright.machine_commands import register, with_calibration, with_history
+from meshwright.options import (
+    Calibration,
+    Device,
+    File,
+    Full,
+    History,
+    Json,
+    Output,
+    Overrides,
+    Plan,
+    Strict,
+    guard_input,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,28 +44,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-
-File = Annotated[str, typer.Argument(metavar="FILE", help="A deployment file (YAML or JSON).")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Output = Annotated[
-    str | None,
-    typer.Option(
-        "--output", "-o", metavar="PATH", help="Write the output there instead, whole or not at all."
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file: layout.tp=4. Repeatable."),
-]
-Full = Annotated[bool, typer.Option("--full", help="Show every formula, memory line and reason.")]
-Calibration = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="Price ops and collectives by what `calibrate` measured there."),
-]
-History = Annotated[
-    str | None, typer.Option(metavar="DIR", help="Say how far predictions of the runs there were off.")
-]
-Strict = Annotated[bool, typer.Option("--strict", help="Exit with 1 when something checked does not hold.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -213,7 +203,7 @@ def plan(
 
 @app.command()
 def simulate(
-    file: Annotated[str, typer.Argument(metavar="PLAN", help="A plan's file, or a deployment file.")],
+    file: Plan,
     lengths: Annotated[
         str | None, typer.Option(metavar="128,4096,…", help="Tokens of a sequence (shortest and longest).")
     ] = None,
@@ -273,14 +263,14 @@ def simulate(
 
 @app.command()
 def train(
-    file: Annotated[str, typer.Argument(metavar="PLAN", help="A plan's file, or a deployment file.")],
+    file: Plan,
     nproc: Annotated[
         int | None, typer.Option(metavar="N", help="Ranks to start here; torchrun brings its own.")
     ] = None,
     scale_down: Annotated[
         bool, typer.Option("--scale-down", help="Shrink model and layout to what one machine trains.")
     ] = False,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the ranks compute.")] = "auto",
+    device: Device = "auto",
     steps: Annotated[int | None, typer.Option(metavar="N", help="Train that many steps.")] = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="DIR", help="Keep plan, steps, checkpoints there.")
@@ -375,14 +365,6 @@ def read(file: str, overrides: list[str] | None, output: str | None, noun: type[
 
     guard_input(file, output)
     return open_placement(file, noun, overrides or ())
-
-
-def guard_input(file: str, output: str | None, flag: str = "--output") -> None:
-    """Raise InputError for standard input, and where the output would overwrite the input."""
-    if file == "-":
-        raise InputError("FILE", file, "standard input is not read; give the path of a file")
-    if output and os.path.exists(output) and os.path.exists(file) and os.path.samefile(output, file):
-        raise InputError(flag, output, "the file that is read would be overwritten")
 
 
 register(app)

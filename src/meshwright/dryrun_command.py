@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meshwright.delivery import present, tell
+from meshwright.options import Json, Output, Overrides, Plan, Strict, guard_input
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,30 +19,17 @@ def register(app: typer.Typer) -> None:
 
 
 def dryrun(
-    file: Annotated[str, typer.Argument(metavar="PLAN", help="A plan's file, or a deployment file.")],
+    file: Plan,
     ranks: Annotated[
         str,
         typer.Option(metavar="classes|all|N,N", help="Whose whole step to run: one of each class, or these."),
     ] = "classes",
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 1 when something checked does not hold.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
-    ] = False,
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "--output", "-o", metavar="PATH", help="Write the output there instead, whole or not at all."
-        ),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file: layout.tp=4. Repeatable."),
-    ] = None,
+    strict: Strict = False,
+    as_json: Json = False,
+    output: Output = None,
+    overrides: Overrides = None,
 ) -> None:
     """Build and run every rank without GPUs or memory."""
-    from meshwright.cli import guard_input
     from meshwright.dryrun import Asked, answered
     from meshwright.terminal.progress import progress_bar
 

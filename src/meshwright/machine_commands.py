@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from meshwright.delivery import present, say
 from meshwright.errors import InputError
+from meshwright.options import Device, Json, Overrides, Plan, guard_input
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,12 +19,6 @@ if TYPE_CHECKING:
 
 Document = Callable[[], Mapping[str, Any]]
 Show = Callable[["Console"], None]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file: layout.tp=4. Repeatable."),
-]
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the ranks compute.")]
 
 
 def with_calibration(overrides: Sequence[str] | None, calibration: str | None) -> tuple[str, ...]:
@@ -88,8 +83,7 @@ def calibrate(
 
     asked = Asked(tuple(plan or ()), tuple(overrides or ()), output, budget, nproc, device)
     for path in asked.plans:
-        if output and os.path.exists(output) and os.path.exists(path) and os.path.samefile(output, path):
-            raise InputError("--output", output, "the file that is read would be overwritten")
+        guard_input(path, output)
     with progress_bar() as progress:
         found = measure(asked, progress)
     if output is not None:
@@ -104,7 +98,7 @@ def calibrate(
 
 
 def profile(
-    file: Annotated[str, typer.Argument(metavar="PLAN", help="A plan's file, or a deployment file.")],
+    file: Plan,
     steps: Annotated[int, typer.Option(metavar="N", help="Time that many steps.")] = 10,
     nproc: Annotated[
         int | None, typer.Option(metavar="N", help="Ranks to start here; torchrun brings its own.")

@@ -17,7 +17,7 @@ from meshwright.simulator.steady import Totals, totals
 SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 
 
-def same(found: Totals, asked: object, options: Options) -> None:
+def assert_as_run_whole(found: Totals, asked: object, options: Options) -> None:
     expected = simulate(asked, options)  # type: ignore[arg-type]
     assert found.step_time_s == pytest.approx(expected.step_time_s, rel=1e-9)
     assert found.bubble_fraction == pytest.approx(expected.bubble_fraction, rel=1e-9)
@@ -32,7 +32,7 @@ def test_every_schedule_and_count(schedule: str, count: int) -> None:
     asked = plan(
         {"pp": ranks, "vpp": chunks, "ep": 4}, {"schedule": schedule}, {"global_batch_size": 4 * count}
     )
-    same(totals(asked), asked, Options())
+    assert_as_run_whole(totals(asked), asked, Options())
 
 
 @pytest.mark.parametrize("schedule", ["Interleaved1F1B", "InterleavedZeroBubble", "1F1B"])
@@ -42,7 +42,7 @@ def test_rounds_longer_than_the_pipeline(schedule: str, count: int) -> None:
     chunks = 1 if schedule == "1F1B" else 2
     layout = {"pp": 8, "vpp": chunks, "dp": 2, "ep": 2}
     asked = plan(layout, {"schedule": schedule, "engine": "torchtitan"}, {"global_batch_size": 2 * count})
-    same(totals(asked), asked, Options())
+    assert_as_run_whole(totals(asked), asked, Options())
 
 
 @settings(max_examples=12, deadline=None)
@@ -50,7 +50,7 @@ def test_rounds_longer_than_the_pipeline(schedule: str, count: int) -> None:
 def test_examples_of_every_size(name: str, contention: bool, sends: bool) -> None:
     options = Options(contention=contention, point_to_point=sends)
     asked = example(name)
-    same(totals(asked, options), asked, options)
+    assert_as_run_whole(totals(asked, options), asked, options)
 
 
 def test_what_is_not_steady_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
