@@ -26,6 +26,8 @@ CASES = (
     _case("gated", "dp4 ep2", "z3", "mb2"),
     _case("balanced", "tp2 dp2 ep4", "z1", "mb4", "full"),
 )
+CLOSE = 0.02
+"""By which fraction a peak may be off: one buffer of 16 KiB that is freed late is 1.6 % of the smallest."""
 
 
 @pytest.fixture(scope="session")
@@ -43,14 +45,17 @@ def test_every_rank_does_for_real_what_its_dry_run_does(case: Case, corpus: Path
         assert seen.conduct.parameters == conduct.parameters
         assert seen.conduct.stages == conduct.stages
         assert seen.peak is not None
-        # to the byte without FSDP2 and split backwards, which let go of tensors a moment earlier or later
-        assert seen.peak.bytes == pytest.approx(peak.bytes, rel=0.015)
+        # FSDP2 and split backwards let go of tensors a moment earlier or later
+        assert seen.peak.bytes == pytest.approx(peak.bytes, rel=CLOSE)
 
 
-def test_peaks_are_equal_to_the_byte_where_nothing_is_freed_late(corpus: Path) -> None:
+def test_a_real_peak_is_no_lower_and_little_higher(corpus: Path) -> None:
+    """Usually they are equal. A real send or collective may keep its buffer until its own thread is done."""
     plan = CASES[0].plan("adamw")
     for rank, (_, peak) in enumerate(real(CASES[0], corpus)):
-        assert observe(plan, rank).peak == peak
+        dry = observe(plan, rank).peak
+        assert dry is not None
+        assert dry.bytes <= peak.bytes <= (1 + CLOSE) * dry.bytes
 
 
 def test_there_are_two_seams() -> None:
