@@ -57,8 +57,7 @@ def checks_of_all(expected: Expected, probes: Sequence[Observed]) -> Iterator[Ch
     yield parameters_check(expected, built)
     yield counted("element types", "ranks", _wrong_elements(expected, built))
     yield counted("slices", "parameters", _wrong_slices(expected, built) if len(built) == len(probes) else ())
-    found = mismatches(expected.groups, [seen.conduct for seen in probes])
-    yield counted("matching", "groups", (mismatch.words for mismatch in found))
+    yield counted("matching", "groups", mismatches(expected.groups, [seen.conduct for seen in probes]))
 
 
 def checks_of_steps(
@@ -71,6 +70,7 @@ def checks_of_steps(
     yield collectives_check(expected, run)
     yield order_check(expected, run)
     if conducts is not None:
+        yield counted("matching of steps", "groups", mismatches(expected.groups, conducts))
         yield _progress(expected, conducts)
     yield memory_check(expected, run)
 
