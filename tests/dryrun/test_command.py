@@ -17,6 +17,9 @@ from typer.testing import CliRunner
 from meshwright.__main__ import main
 from meshwright.cli import app
 from meshwright.dryrun import Answer, Asked, Check, answered
+from meshwright.dryrun.checks import checks_of_all, checks_of_steps
+from meshwright.dryrun.expected import Expected
+from meshwright.ir.observed import Conduct, Observed
 from meshwright.terminal import rendered
 from meshwright.terminal.dryrun import show_dry_run
 
@@ -89,6 +92,36 @@ def test_all_ranks_are_run_one_by_one_and_do_as_those_of_their_class(file: str, 
 def test_ranks_that_were_named_are_run_alone(file: str) -> None:
     found = document(file, "--ranks", "3,9")
     assert [(rank["rank"], rank["same_as"]) for rank in found["ranks"]] == [(3, None), (9, None)]
+    checks = {check["name"]: check for check in found["checks"]}
+    for name in ("matching of steps", "progress"):
+        assert checks[name]["holds"] is None
+        assert checks[name]["why"] == "the steps of some ranks alone were run"
+
+
+def test_a_check_that_was_not_run_neither_holds_nor_fails(
+    answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("meshwright.dryrun.checks.MOST_EVENTS", 10)
+    steps = [row.step for row in answer.run]
+    conducts = [row.step.conduct for row in answer.rows]
+    checks = {check.name: check for check in checks_of_steps(Expected(answer.plan), steps, conducts)}
+    assert checks["progress"].holds is None
+    assert "more than 10 events" in checks["progress"].why
+    left = replace(answer, checks=[checks["progress"], checks["flops"]])
+    assert left.holds
+    shown = rendered(lambda console: show_dry_run(left, console))
+    assert "not run" in shown
+    assert "every check run holds; not run: progress" in shown
+
+
+def test_nothing_is_said_of_ranks_of_which_nothing_was_seen(answer: Answer) -> None:
+    failed = Observed(answer.rows[0].facts, Conduct(failed="no"))
+    expected = Expected(answer.plan)
+    checks = [*checks_of_all(expected, [failed]), *checks_of_steps(expected, [failed], [failed.conduct])]
+    found = {check.name: check.holds for check in checks}
+    looked_at = {name for name, holds in found.items() if holds is not None}
+    assert looked_at == {"build", "groups", "step", "progress"}
+    assert not any(found[name] for name in ("build", "step", "progress"))
 
 
 def test_people_read_why_memory_is_needed(answer: Answer) -> None:

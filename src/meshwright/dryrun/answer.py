@@ -56,7 +56,7 @@ def collectives(conduct: Conduct) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Answer:
-    """All of it. `notes`: what differs from training, and what was not looked at."""
+    """All of it. `notes`: how tokens were routed."""
 
     plan: Plan
     rows: Sequence[RankRow]
@@ -66,8 +66,8 @@ class Answer:
 
     @property
     def holds(self) -> bool:
-        """Whether every check holds."""
-        return all(check.holds for check in self.checks)
+        """Whether no check failed; one that was not run has not."""
+        return all(check.holds is not False for check in self.checks)
 
     @property
     def run(self) -> list[RankRow]:

@@ -17,15 +17,16 @@ MEMORY_LIMIT = 0.05
 """By which fraction a peak may differ from the memory model."""
 MOST_EVENTS = 4_000_000
 """Events of all ranks together that are run to the end; beyond, groups are compared alone."""
+NO_STEP = "no whole step ran to its end"
 
 
 @dataclass(frozen=True)
 class Check:
-    """Whether something holds. `worst`: the largest deviation, a fraction or a count as `unit` says; `why`:
-    where it is, in words, empty where there is none."""
+    """Whether something holds, None where it was not run. `worst`: the largest deviation, a fraction or a
+    count as `unit` says; `why`: where it is, or why nothing was run, in words."""
 
     name: str
-    holds: bool
+    holds: bool | None
     worst: float
     unit: str
     why: str = ""
@@ -41,8 +42,15 @@ class Check:
         }
 
 
-def counted(name: str, unit: str, found: Iterable[str]) -> Check:
-    """A check that holds where nothing was found."""
+def not_run(name: str, unit: str, why: str) -> Check:
+    """A check that neither holds nor fails."""
+    return Check(name, None, 0, unit, why)
+
+
+def counted(name: str, unit: str, found: Iterable[str], unseen: str = "") -> Check:
+    """A check that holds where nothing was found. `unseen`: why nothing was looked at, if so."""
+    if unseen:
+        return not_run(name, unit, unseen)
     words = list(found)
     more = f" (and {len(words) - 1} more)" if len(words) > 1 else ""
     return Check(name, not words, len(words), unit, words[0] + more if words else "")
@@ -53,11 +61,14 @@ def checks_of_all(expected: Expected, probes: Sequence[Observed]) -> Iterator[Ch
     yield counted("build", "ranks", _failures(probes))
     built = [seen for seen in probes if not seen.conduct.failed]
     yield counted("groups", "ranks", _wrong_groups(expected, probes))
-    yield counted("stages", "ranks", _wrong_stages(expected, built))
+    none = "" if built else "no rank was built"
+    yield counted("stages", "ranks", _wrong_stages(expected, built), none)
     yield parameters_check(expected, built)
-    yield counted("element types", "ranks", _wrong_elements(expected, built))
-    yield counted("slices", "parameters", _wrong_slices(expected, built) if len(built) == len(probes) else ())
-    yield counted("matching", "groups", mismatches(expected.groups, [seen.conduct for seen in probes]))
+    yield counted("element types", "ranks", _wrong_elements(expected, built), none)
+    missing = "" if len(built) == len(probes) else "not every rank was built"
+    yield counted("slices", "parameters", _wrong_slices(expected, built), missing)
+    found = mismatches(expected.groups, [seen.conduct for seen in probes])
+    yield counted("matching", "groups", found, none)
 
 
 def checks_of_steps(
@@ -69,9 +80,10 @@ def checks_of_steps(
     yield flops_check(expected, run)
     yield collectives_check(expected, run)
     yield order_check(expected, run)
-    if conducts is not None:
-        yield counted("matching of steps", "groups", mismatches(expected.groups, conducts))
-        yield _progress(expected, conducts)
+    unknown = "the steps of some ranks alone were run" if conducts is None else ""
+    found = mismatches(expected.groups, conducts or ())
+    yield counted("matching of steps", "groups", found, unknown or ("" if run else NO_STEP))
+    yield not_run("progress", "ranks", unknown) if conducts is None else _progress(expected, conducts)
     yield memory_check(expected, run)
 
 
@@ -135,6 +147,8 @@ def _run(layers: tuple[int, ...]) -> str:
 
 def parameters_check(expected: Expected, built: Sequence[Observed]) -> Check:
     """Names, shapes and bytes; the deviation is that of a rank's bytes."""
+    if not built:
+        return not_run("parameters", "fraction of bytes", "no rank was built")
     worst, why = 0.0, ""
     wrong = 0
     for (pp_rank, conduct), seen in _distinct(expected, built):
@@ -214,6 +228,8 @@ def _ranges(ranges: Ranges) -> str:
 
 def flops_check(expected: Expected, run: Sequence[Observed]) -> Check:
     """FLOPs of each kind against the graph's."""
+    if not run:
+        return not_run("flops", "fraction", NO_STEP)
     worst, why = 0.0, ""
     for (pp_rank, conduct), seen in _distinct(expected, run):
         said, did = expected.work(pp_rank), conduct.work
@@ -229,7 +245,7 @@ def flops_check(expected: Expected, run: Sequence[Observed]) -> Check:
 
 def collectives_check(expected: Expected, run: Sequence[Observed]) -> Check:
     """Kinds, axes, counts and bytes of a step's collectives against the graph's."""
-    return counted("collectives", "calls", _wrong_calls(expected, run))
+    return counted("collectives", "calls", _wrong_calls(expected, run), "" if run else NO_STEP)
 
 
 def _wrong_calls(expected: Expected, run: Sequence[Observed]) -> Iterator[str]:
@@ -252,7 +268,7 @@ def _as_the_graph_names(conduct: Conduct) -> Counter[tuple[str, str, int]]:
 
 def order_check(expected: Expected, run: Sequence[Observed]) -> Check:
     """The pipeline's actions against the schedule's."""
-    return counted("order", "ranks", _wrong_order(expected, run))
+    return counted("order", "ranks", _wrong_order(expected, run), "" if run else NO_STEP)
 
 
 def _wrong_order(expected: Expected, run: Sequence[Observed]) -> Iterator[str]:
@@ -267,10 +283,11 @@ def _wrong_order(expected: Expected, run: Sequence[Observed]) -> Iterator[str]:
 
 
 def _progress(expected: Expected, conducts: Sequence[Conduct]) -> Check:
-    if any(conduct.failed for conduct in conducts):
-        return Check("progress", False, 0, "ranks", "ranks that fail leave the others waiting")
+    if failed := sum(1 for conduct in conducts if conduct.failed):
+        return Check("progress", False, failed, "ranks", "ranks that fail leave the others waiting")
     if sum(len(conduct.events) for conduct in conducts) > MOST_EVENTS:
-        return Check("progress", True, 0, "ranks", "not run: too many events; groups were compared")
+        why = f"more than {MOST_EVENTS:,} events; the members of each group were compared"
+        return not_run("progress", "ranks", why)
     found = stuck(expected.groups, conducts)
     if found is None:
         return Check("progress", True, 0, "ranks")
@@ -279,6 +296,8 @@ def _progress(expected: Expected, conducts: Sequence[Conduct]) -> Check:
 
 def memory_check(expected: Expected, run: Sequence[Observed]) -> Check:
     """Each rank's peak against what tensors hold by the memory model."""
+    if not run:
+        return not_run("memory", "fraction", NO_STEP)
     model = memory(expected.program)
     worst, why = 0.0, ""
     for seen in run:

@@ -38,9 +38,15 @@ def show_dry_run(answer: Answer, console: Console) -> None:
     console.print(_fullest(answer))
     console.print(_collectives(answer))
     console.print(_checks(answer.checks))
-    wrong = [check.name for check in answer.checks if not check.holds]
-    said = f"does not hold: {', '.join(wrong)}" if wrong else "every check holds"
+    said = _verdict(answer.checks)
     console.print(f"{len(answer.rows)} ranks, {len(answer.run)} whole steps, {answer.wall_s:.0f} s: {said}")
+
+
+def _verdict(checks: Sequence[Check]) -> str:
+    wrong = [check.name for check in checks if check.holds is False]
+    left = [check.name for check in checks if check.holds is None]
+    said = f"does not hold: {', '.join(wrong)}" if wrong else f"every check {'run ' if left else ''}holds"
+    return f"{said}; not run: {', '.join(left)}" if left else said
 
 
 def _ranks(answer: Answer) -> Table:
@@ -142,5 +148,6 @@ def _checks(checks: Sequence[Check]) -> Table:
     for check in checks:
         is_share = check.unit.startswith("fraction")
         worst = f"{check.worst:.2%}" if is_share else f"{check.worst:,.0f} {check.unit}"
-        table.add_row(check.name, "yes" if check.holds else "NO", worst, printable(check.why))
+        holds = {True: "yes", False: "NO", None: "not run"}[check.holds]
+        table.add_row(check.name, holds, "–" if check.holds is None else worst, printable(check.why))
     return table
