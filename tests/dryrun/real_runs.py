@@ -48,8 +48,7 @@ def _seen(rank: int, plan: Plan) -> tuple[Conduct, Peak]:
         trainer = Trainer(plan, mesh, routes_evenly=True)
         _classify(trainer, recorder)
         _hear_of(trainer, recorder)
-        recorder.phase = "step"
-        recorder.storages.restart()
+        recorder.step_begins()
         rows, length = plan.sequences_per_replica, plan.workload.max_sequence_length
         tokens = torch.randint(0, plan.model.vocab_size, (rows, length))
         trainer.step(tokens, tokens.roll(-1, 1))

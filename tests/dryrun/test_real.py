@@ -5,6 +5,7 @@ Both seams are in it: the real ranks route evenly too, and multiply groups of ev
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ CASES = (
     _case("balanced", "tp2 dp2 ep4", "z1", "mb4", "full"),
 )
 CLOSE = 0.02
-"""By which fraction a peak may be off: one buffer of 16 KiB that is freed late is 1.6 % of the smallest."""
+"""By which fraction a peak may be off: a buffer of 16 KiB freed late is 1.6 % of the first case's."""
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +57,14 @@ def test_a_real_peak_is_no_lower_and_little_higher(corpus: Path) -> None:
         dry = observe(plan, rank).peak
         assert dry is not None
         assert dry.bytes <= peak.bytes <= (1 + CLOSE) * dry.bytes
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[0]], ids=str)
+def test_a_peak_s_moment_is_one_of_the_step(case: Case) -> None:
+    """With a pipeline and without."""
+    peak = observe(case.plan("adamw"), 0).peak
+    assert peak is not None
+    assert re.fullmatch(r"(for|back)ward of micro-batch \d on stage 0|update", peak.moment), peak.moment
 
 
 def test_there_are_two_seams() -> None:

@@ -48,7 +48,7 @@ def told(error: Exception) -> str:
 
 def _probed(trainer: Trainer, recorder: Recorder) -> Conduct:
     gives: dict[int, Tensor] = {}
-    recorder.phase = "step"
+    recorder.step_begins()
 
     def run(tokens: Tensor, targets: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
         return sum(_through(trainer, tokens, targets, gives), torch.zeros(()))

@@ -62,6 +62,11 @@ class Recorder(TorchDispatchMode):
         self.mesh = mesh
         self.axis_of = {group.group_name: axis for axis, group in mesh.groups.items()}
 
+    def step_begins(self) -> None:
+        """What is made from now on belongs to a step."""
+        self.phase = "step"
+        self.storages.restart("beginning of the step")
+
     def done(self) -> Work:
         """FLOPs so far."""
         return Work(**self.work)

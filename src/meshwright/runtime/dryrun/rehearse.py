@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import count
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
@@ -70,8 +71,7 @@ def observe(plan: Plan, rank: int) -> Observed:
     with rank_of(plan, rank) as mesh, rehearsal(plan) as recorder:
         trainer = trainer_of(plan, mesh, recorder)
         build_bytes = recorder.storages.most
-        recorder.phase = "step"
-        recorder.storages.restart()
+        recorder.step_begins()
         rows, length = plan.sequences_per_replica, plan.workload.max_sequence_length
         tokens = torch.zeros(rows, length, dtype=torch.int64, device=mesh.device)
         trainer.step(tokens, torch.zeros_like(tokens))
@@ -147,7 +147,8 @@ def _classify(trainer: Trainer, recorder: Recorder) -> None:
 
 
 def _hear_of(trainer: Trainer, recorder: Recorder) -> None:
-    """Have the recorder know when the update begins, and which window attention looks through."""
+    """Have the recorder know when the update begins, and which window attention looks through; and, of a
+    stage without a pipeline, whose actions are not seen, when a micro-batch goes forward and backward."""
     step = trainer.optimizer.step
 
     def updating() -> object:
@@ -163,3 +164,20 @@ def _hear_of(trainer: Trainer, recorder: Recorder) -> None:
         for module in stage.modules():
             if isinstance(module, Attention):
                 module.register_forward_pre_hook(look)
+    if trainer.plan.layout.num_stages == 1:
+        (stage,) = trainer.replica.stages.values()
+        _name_micro_batches(stage, recorder)
+
+
+def _name_micro_batches(stage: nn.Module, recorder: Recorder) -> None:
+    place = count()
+
+    def forward(module: nn.Module, _: object) -> None:
+        recorder.storages.now = f"forward of micro-batch {next(place)} on stage 0"
+
+    def backward(module: nn.Module, _: object, out: object) -> None:
+        """A forward is followed by its backward."""
+        recorder.storages.now = recorder.storages.now.replace("forward", "backward")
+
+    stage.register_forward_pre_hook(forward, prepend=True)
+    stage.register_forward_hook(backward)

@@ -54,8 +54,9 @@ class Storages:
         self.live[before] -= size
         self.live[kind] += size
 
-    def restart(self) -> None:
-        """Forget the fullest moment so far."""
+    def restart(self, now: str) -> None:
+        """Forget the fullest moment so far; what is now, in words."""
+        self.now = self.moment = now
         self.most, self.at_most = self.total, dict(self.live)
 
     def peak(self) -> Peak:
