@@ -11,9 +11,10 @@ from pydantic import BeforeValidator, model_validator
 from meshwright.efficiency_table import EfficiencyTable, read_table
 from meshwright.errors import InputError
 from meshwright.files import Noun, decode
-from meshwright.gpus import assumed_figures, assumed_node_size, gpu_named, machine_of
+from meshwright.gpus import assumed_figures, assumed_node_size, gpu_catalogue, gpu_named, is_named, machine_of
 from meshwright.hardware import Efficiency, Gpu, Link
 from meshwright.layout import MAX_WORLD_SIZE, divisors, nearest_to
+from meshwright.machine import this_machine
 from meshwright.units import BYTES_PER_S, SECONDS, Count
 
 MAX_LOCAL = 4096
@@ -43,6 +44,7 @@ class Cluster(Noun):
             if name in names[:position]:
                 raise InputError(f"links[{position}].name", name, "each tier has a name of its own")
         _check_tiers(self)
+        _check_calibration(self)
         return self
 
     @property
@@ -100,6 +102,22 @@ def _check_tiers(cluster: Cluster) -> None:
         raise InputError(f"links[{len(cluster.links) - 1}].gpus", inner, rule, [total])
 
 
+def _check_calibration(cluster: Cluster) -> None:
+    """A table prices the hardware that it was measured on."""
+    table, gpu = cluster.calibration, cluster.gpu.name
+    if table is None or gpu == LOCAL_GPU:
+        return
+    measured = table.machine.gpu
+    if measured is None:
+        rule = f"processors were measured, and the cluster has {gpu}: calibrate on one of its nodes"
+        raise InputError("calibration", table.machine.words, rule, ["cluster: local"])
+    if not is_named(gpu, measured):
+        rule = f"another GPU was measured than the cluster's {gpu}: calibrate on one of its nodes"
+        raise InputError(
+            "calibration", measured, rule, [name for name in gpu_catalogue() if is_named(name, measured)]
+        )
+
+
 def _read_calibration(value: object) -> object:
     return read_table(value) if isinstance(value, str) else value
 
@@ -144,9 +162,17 @@ class ClusterRequest(Noun):
             used["cluster.links"] = f"{text}: the {self.gpu.name} catalogue machine"
             for key, value, why in assumed_figures(self.gpu.name):
                 used[f"cluster.{key}"] = f"{value}: assumed, {why}"
+        used |= _calibration_note(self.calibration)
         fields = {"nodes": self.nodes, "gpus_per_node": per_node, "gpu": self.gpu, "links": links}
         beside = {"efficiency": self.efficiency, "calibration": self.calibration}
         return decode(Cluster, {**fields, **beside}, "cluster"), used
+
+
+def _calibration_note(table: EfficiencyTable | None) -> dict[str, str]:
+    if table is None:
+        return {}
+    words = f"prices of ops and collectives, measured on {table.date}: {table.machine.words}"
+    return {"cluster.calibration": words}
 
 
 def _described(link: Link) -> str:
@@ -182,9 +208,9 @@ class LocalRequest(Noun):
             "cluster.gpu": f"{self.local} processes share this machine; its rates are assumed, not measured",
             "cluster.links": "1 GB/s and 50 us between processes: assumed, not measured",
         }
-        if table is not None:
-            words = f"prices of ops and collectives, measured on {table.date}: {table.machine.words}"
-            used["cluster.calibration"] = words
+        used |= _calibration_note(table)
+        if table is not None and not table.machine.is_like(this_machine(table.machine.gpu)):
+            used["cluster.calibration"] += "; that is not this machine"
         fields = {"nodes": 1, "gpus_per_node": self.local, "gpu": cpu, "links": [link], "calibration": table}
         return decode(Cluster, fields, "cluster"), used
 

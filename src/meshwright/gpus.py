@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files as package_files
@@ -117,6 +118,24 @@ def machine_of(name: str) -> Machine | None:
         for link in entry.links
     ]
     return decode(Machine, {"gpus_per_node": entry.gpus_per_node.value, "links": links}, canonical)
+
+
+_SHAPES = ("pcie", "nvl")
+"""Words of a driver's name for cards, which differ from the module of the same family."""
+
+
+def is_named(name: str, driver_name: str) -> bool:
+    """Whether a driver means the GPU of this name: `h100-sxm` is its `NVIDIA H100 80GB HBM3`.
+
+    The family, a word as `h100`, stands in both. Bytes of memory are the same where both names say them; PCIe
+    and NVL stand in both or in neither.
+    """
+    mine, theirs = (re.findall(r"[a-z0-9]+", text.lower()) for text in (name, driver_name))
+    family = [word for word in mine if re.search(r"[a-z]", word) and re.search(r"\d", word)]
+    family = [word for word in family if not re.fullmatch(r"\d+gb|sxm\d*|hbm\d*e?", word)] or mine
+    sizes = [{word for word in words if re.fullmatch(r"\d+gb", word)} for words in (mine, theirs)]
+    same_size = not all(sizes) or sizes[0] == sizes[1]
+    return set(family) <= set(theirs) and same_size and all((w in mine) is (w in theirs) for w in _SHAPES)
 
 
 def assumed_figures(gpu_name: str) -> list[tuple[str, str, str]]:

@@ -130,7 +130,10 @@ class Answer:
 
     def document(self) -> dict[str, Any]:
         """As JSON: the longest length's step, then what else was asked."""
-        document = {"plan": self.plan.name, "digest": self.plan.digest, **self.longest.document(self.plan)}
+        table = self.plan.cluster.calibration
+        priced_by = {"calibration": None if table is None else table.digest}
+        beside = self.longest.document(self.plan)
+        document = {"plan": self.plan.name, "digest": self.plan.digest, **priced_by, **beside}
         if len(self.at) > 1:
             document["lengths"] = [one.document(self.plan) for one in self.at]
         document["changes"] = [asdict(change) for change in self.changes]

@@ -155,7 +155,7 @@ def test_the_peak_is_that_of_living_storages() -> None:
         kept = torch.zeros(1000)
         views = kept.view(10, 100)[2:4] + 1.0  # 200 elements of their own
         del views
-        living.storages.restart()
+        living.storages.restart("step")
         double = kept * 2
         assert living.storages.total == 8000
         del double

@@ -102,7 +102,13 @@ class MeasuredRates:
     ops: Mapping[tuple[str, str], Surface]
     links: Mapping[CollectiveKind, Surface]
     ranks: Mapping[CollectiveKind, frozenset[int]]
+    num_ranks: int
     is_serial: bool
+
+    @property
+    def has_update(self) -> bool:
+        """Whether an optimizer's step was measured."""
+        return (OPTIMIZER, "step") in self.ops
 
     def op_seconds(self, task: ComputeTask, sizes: Sequence[Array]) -> Array | None:
         """Seconds of an op at sizes that may be arrays; None where no such op was measured."""
@@ -110,12 +116,14 @@ class MeasuredRates:
         return None if surface is None else surface.seconds(sizes)
 
     def op_basis(self, task: ComputeTask) -> Basis:
-        """measured: this op at this shape, and as many ranks at work; interpolated: the op at other shapes;
+        """measured: this op at this shape, and as many ranks at work; interpolated: the op at other
+        shapes, or with more or fewer ranks at work;
         assumed: not covered, priced by the catalogue's curves."""
         surface = self.ops.get(self._key(task))
         if surface is None:
             return "assumed"
-        return "measured" if surface.has(task.sizes) else "interpolated"
+        exact = self.kernels.ranks == self.num_ranks and surface.has(task.sizes)
+        return "measured" if exact else "interpolated"
 
     def update_seconds(self, moved_bytes: Array) -> Array | None:
         """Seconds of an optimizer step that moves so many bytes; None where none was measured."""
@@ -131,9 +139,10 @@ class MeasuredRates:
 
     def collective_basis(self, kind: CollectiveKind, payload_bytes: int, ranks: int) -> Basis:
         """measured: this kind in groups of this size, between the smallest and the largest payload measured;
-        interpolated: another size of group, or beyond those payloads; assumed: not covered."""
+        interpolated: another size of group, or beyond those payloads; assumed: not covered, and groups of
+        more ranks than any that was measured."""
         surface = self.links.get(kind)
-        if surface is None:
+        if surface is None or ranks > max(self.ranks[kind]):
             return "assumed"
         low, high = np.exp(surface.log_sizes[:, 0].min()), np.exp(surface.log_sizes[:, 0].max())
         inside = low * (1 - SAME) <= payload_bytes <= high * (1 + SAME)
@@ -163,6 +172,7 @@ def measured_rates(table: EfficiencyTable, precision: Precision, num_ranks: int)
         ops={key: Surface.through(points, [p.sizes for p in points]) for key, points in by_op.items()},
         links={kind: _link_surface(points) for kind, points in by_kind.items()},
         ranks={kind: frozenset(point.ranks for point in points) for kind, points in by_kind.items()},
+        num_ranks=num_ranks,
         is_serial=table.machine.device == "cpu",
     )
 

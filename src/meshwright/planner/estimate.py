@@ -222,7 +222,7 @@ def tail(
     for rank, own in enumerate(ranks):
         backward, forward = phases[1:, list(own)].sum(axis=(0, 1)), phases[0, list(own)].sum(axis=0)
         data = exposed_data(comm[rank], priced, backward, forward, slack_s[rank])
-        other, optimizer = beside + comm[rank].other_s, priced.memory * optimizer_s[rank]
+        other, optimizer = beside + comm[rank].other_s, priced.update * optimizer_s[rank]
         rows.append(np.broadcast_arrays(data, other + 0.0 * data, optimizer + 0.0 * data))
     tails = np.array(rows)  # rank, what, N
     longest = tails.sum(axis=1).argmax(axis=0)

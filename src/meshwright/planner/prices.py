@@ -75,6 +75,11 @@ class Prices:
         """Bytes per second that ops reach which memory bandwidth bounds."""
         return self.precise.memory_bytes_per_s
 
+    @property
+    def update(self) -> float:
+        """Factor by which an update takes longer inside a step than its price: none where it was measured."""
+        return 1.0 if self.measured is not None and self.measured.has_update else self.memory
+
     def hidden(self, what: str) -> float:
         """Share of a kind of communication that runs beside compute: 0 where nothing overlaps it.
 
@@ -127,27 +132,17 @@ def prices(
     table = cluster.calibration
     if table is None:
         return found
-    return _calibrated(found, measured_rates(table, precision, cluster.num_gpus))
+    return _calibrated(found, measured_rates(table, precision, cluster.gpus_per_node))
 
 
 def _calibrated(found: Prices, measured: MeasuredRates) -> Prices:
-    """The same prices with those of a calibration in the place of constants: ops were measured as a step runs
-    them, so that nothing slows them down further."""
+    """The same prices with those of a calibration before them, and its costs of launches and of a step. The
+    factors stay: they are for what the table does not hold."""
     values = found.constants
     for kind, seconds in measured.kernels.host_s.items():
         source = f"measured on {measured.table.date}"
         values = values.replaced(f"host.{kind}", {"value": seconds, "source": source})
-    return replace(
-        found,
-        constants=values,
-        slowdown=1.0,
-        grouped=1.0,
-        memory=1.0,
-        attention=1.0,
-        network=1.0,
-        step_s=measured.kernels.step_s,
-        measured=measured,
-    )
+    return replace(found, constants=values, step_s=measured.kernels.step_s, measured=measured)
 
 
 def _overlap(era: Era) -> dict[str, bool]:

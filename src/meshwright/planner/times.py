@@ -26,9 +26,10 @@ Array = Any
 MICRO_BATCH_PHASES: tuple[Phase, ...] = ("forward", "recompute", "input_gradient", "weight_gradient")
 AXES = ("tp", "cp", "ep", "etp", "dp")
 """Axes of communication inside a micro-batch; `dp` stands for ZeRO's gathers and reductions."""
-KERNELS = ("matmul", "grouped", "attention", "memory")
+KERNELS = ("matmul", "grouped", "attention", "memory", "casts", "measured")
 KERNEL_OF = {OpKind.MATMUL: "matmul", OpKind.GROUPED_MATMUL: "grouped", OpKind.ATTENTION: "attention"}
-"""What bounds the kernel of an op, by its kind; memory bandwidth bounds the others."""
+"""What bounds the kernel of an op, by its kind; memory bandwidth bounds the others. Of KERNELS, `casts` are
+those of fp8 operands, each once, and `measured` is what a calibration timed as a step runs it."""
 DATA_AXES = ("dp_cp", "edp", "dp_shard", "edp_shard", "dp_replica", "edp_replica")
 """Axes of ZeRO's gathers and reductions, with and without replicas of its groups."""
 PARTS = ("compute", *AXES, "host")
@@ -55,10 +56,10 @@ PhaseParts = dict[str, Array]
 BlockTimes = dict[Phase, PhaseParts]
 """Seconds by phase and part (PARTS): what a block takes inside a step."""
 KernelTimes = dict[Phase, PhaseParts]
-"""Seconds by phase of kernels alone (KERNELS), `casts` (casting each fp8 operand once) and communication by
-axis, inside a node and `outside`, none of it hidden; how many ops the phase launches, those on routed
-tokens (`launches_experts`) apart from the others (`launches`); and how many exchanges leave a node in
-kernels of their own (`proxied`), which EFA hands to threads of the host."""
+"""Seconds by phase of kernels alone (KERNELS) and of communication by axis, inside a node and `outside`, none
+of it hidden; how many ops the phase launches, those on routed tokens (`launches_experts`) apart from the
+others (`launches`); and how many exchanges leave a node in kernels of their own (`proxied`), which EFA hands
+to threads of the host."""
 
 
 def outside(axis: str) -> str:
@@ -124,7 +125,7 @@ def kernel_times(
     times: KernelTimes = {}
     for phase in MICRO_BATCH_PHASES:
         of_phase = [task for task in tasks if task.phase == phase]
-        parts: PhaseParts = dict.fromkeys((*KERNELS, "casts", *AXES, *map(outside, AXES)), 0.0)
+        parts: PhaseParts = dict.fromkeys((*KERNELS, *AXES, *map(outside, AXES)), 0.0)
         for task in of_phase:
             if isinstance(task, ComputeTask):
                 for name, seconds in price_op(task, prices, running).items():
@@ -151,7 +152,7 @@ def block_times(kernels: KernelTimes, prices: Prices, running: Running) -> Block
     which cannot run ahead of it.
     """
     times: BlockTimes = {}
-    has_experts = bool(np.any(kernels["forward"]["grouped"] > 0))
+    with_experts = has_experts(kernels)
     for phase, of_phase in kernels.items():
         compute = compute_in_step(of_phase, prices)
         parts: PhaseParts = {"compute": compute}
@@ -160,10 +161,15 @@ def block_times(kernels: KernelTimes, prices: Prices, running: Running) -> Block
                 comm_in_step(of_phase, axis, prices), compute, hidden_share(axis, prices, running)
             )
         work = sum(parts.values()) - parts["ep"]
-        launching = launch_wait_s(of_phase, has_experts, prices, running)
+        launching = launch_wait_s(of_phase, with_experts, prices, running)
         parts["host"] = host_wait_s(work, launching, prices.is_serial)
         times[phase] = parts
     return times
+
+
+def has_experts(kernels: KernelTimes) -> bool:
+    """Whether a block launches anything on routed tokens."""
+    return bool(np.any(kernels["forward"]["launches_experts"] > 0))
 
 
 def host_wait_s(work_s: Array, launching_s: Array, is_serial: bool) -> Array:
@@ -174,7 +180,7 @@ def host_wait_s(work_s: Array, launching_s: Array, is_serial: bool) -> Array:
     return np.sqrt(np.sqrt(work_s**4 + launching_s**4)) - work_s
 
 
-def launch_wait_s(launches: PhaseParts, has_experts: bool, prices: Prices, running: Running) -> Array:
+def launch_wait_s(launches: PhaseParts, with_experts: bool, prices: Prices, running: Running) -> Array:
     """Seconds of launching the ops of a phase.
 
     Eagerly, every op of a block waits for the experts' sizes to come back to the host, unless they are fixed
@@ -183,7 +189,7 @@ def launch_wait_s(launches: PhaseParts, has_experts: bool, prices: Prices, runni
     """
     host = prices.constants.host
     fixed = prices.static_experts or running.fixed
-    waits = has_experts and not (fixed or running.dispatcher == "hybridep")
+    waits = with_experts and not (fixed or running.dispatcher == "hybridep")
     eager = host["experts" if waits else "dense"].value
     routed, others = launches["launches_experts"], launches["launches"]
     if prices.graphs == "none":
@@ -193,12 +199,11 @@ def launch_wait_s(launches: PhaseParts, has_experts: bool, prices: Prices, runni
 
 
 def compute_in_step(kernels: PhaseParts, prices: Prices) -> Array:
-    """Seconds of a phase's kernels inside a step."""
+    """Seconds of a phase's kernels inside a step. What was measured ran as in one: no factor is due."""
     fitted = prices.constants
     work = kernels["matmul"] + prices.grouped * kernels["grouped"] + prices.attention * kernels["attention"]
-    return prices.slowdown * work + prices.memory * (
-        kernels["memory"] + fitted.fp8_cast.value * kernels["casts"]
-    )
+    moved = kernels["memory"] + fitted.fp8_cast.value * kernels["casts"]
+    return prices.slowdown * work + prices.memory * moved + kernels["measured"]
 
 
 def comm_in_step(seconds: Mapping[str, Array], axis: str, prices: Prices) -> Array:
@@ -231,7 +236,8 @@ def _is_low(task: ComputeTask, prices: Prices) -> bool:
 
 
 def price_op(task: ComputeTask, prices: Prices, running: Running) -> PhaseParts:
-    """Seconds of one op's kernel alone, by what bounds it, and of casting its fp8 operands once."""
+    """Seconds of one op by KERNELS: its kernel alone by what bounds it, and casting its fp8 operands; or what
+    was measured."""
     sizes, flops = task.sizes, task.flops
     if task.kind is OpKind.GROUPED_MATMUL:
         sizes = (sizes[0], sizes[1] * running.load, *sizes[2:])
@@ -241,7 +247,7 @@ def price_op(task: ComputeTask, prices: Prices, running: Running) -> PhaseParts:
         if seconds is not None:
             # Where one rank sends, its tokens stand in the order of its experts already.
             moves = np.greater(running.senders, 1) if task.name.endswith(_BY_SENDER) else 1.0
-            return {KERNEL_OF.get(task.kind, "memory"): seconds * moves}
+            return {"measured": seconds * moves}
     if task.kind is OpKind.ATTENTION and not prices.flash_attention:
         return _scored_attention(task, prices)
     low = _is_low(task, prices)
@@ -300,15 +306,14 @@ def price_collective(
     task: CommTask, prices: Prices, groups: Mapping[str, Group], running: Running
 ) -> tuple[Array, Array]:
     """Seconds of one collective, as one that stays in a node's links and as one that leaves them: one of the
-    two is 0. Routed tokens of the fullest rank set the pace of an all-to-all."""
+    two is 0. Routed tokens of the fullest rank set the pace of an all-to-all. A calibration timed ranks of
+    one machine, and prices groups that stay in a node."""
     size: Array = task.bytes
     if task.kind is CollectiveKind.ALL_TO_ALL:
         size = size * running.load
     group = groups[task.axis]
-    known = prices.measured
-    seconds = None if known is None else known.collective_seconds(task.kind, size, group.ranks)
-    if seconds is not None:
-        return seconds, 0.0 * seconds
     seconds = collective_seconds(prices.links, task.kind, size, group, running.dispatcher, running.fanout)
     leaves = np.asarray(group.inner) < np.asarray(group.ranks)
-    return seconds * ~leaves, seconds * leaves
+    known = prices.measured
+    timed = None if known is None else known.collective_seconds(task.kind, size, group.ranks)
+    return (seconds if timed is None else timed) * ~leaves, seconds * leaves

@@ -76,7 +76,7 @@ def _ops(program: Program, priced: Prices, measured: Measured, modules: frozense
                 if isinstance(task, ComputeTask):
                     key = (module_of(task.name, modules), _direction(task.phase))
                     seconds[key] += count * (_op_s(task, priced, measured.running) + launch_s)
-    update = sum(float(priced.memory * one) for one in measured.optimizer_s)
+    update = sum(float(priced.update * one) for one in measured.optimizer_s)
     seconds[OPTIMIZER, "forward"] += update
     return dict(seconds)
 
@@ -90,11 +90,7 @@ def _launch_s(has_experts: bool, priced: Prices, running: Running) -> float:
 
 
 def _op_s(task: ComputeTask, priced: Prices, running: Running) -> float:
-    return float(
-        compute_in_step(
-            {**dict.fromkeys((*KERNELS, "casts"), 0.0), **price_op(task, priced, running)}, priced
-        )
-    )
+    return float(compute_in_step({**dict.fromkeys(KERNELS, 0.0), **price_op(task, priced, running)}, priced))
 
 
 def _direction(phase: str) -> str:

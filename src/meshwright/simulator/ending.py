@@ -84,7 +84,7 @@ def _rank_step(priced: Priced, pipeline: int, rank: int) -> RankStep:
         reduce_beside_s=(1 - share) * beside,
         scalars_s=float(comm.other_s),
         outside_s=rates.step_s,
-        optimizer_s=float(rates.memory * measured.optimizer_s[rank]) * slowdown,
+        optimizer_s=float(rates.update * measured.optimizer_s[rank]) * slowdown,
         tier=_data_tier(priced, tasks),
     )
 

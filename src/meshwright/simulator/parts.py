@@ -25,6 +25,7 @@ from meshwright.planner.times import (
     Running,
     comm_in_step,
     compute_in_step,
+    has_experts,
     hidden_share,
     launch_wait_s,
     outside,
@@ -81,7 +82,7 @@ def priced_phases(
     running: Running,
 ) -> dict[Phase, PricedPhase]:
     """Every phase of a block by parts. `kernels` are the block's own, from which launches are counted."""
-    has_experts = bool(np.any(kernels["forward"]["grouped"] > 0))
+    with_experts = has_experts(kernels)
     phases = {}
     for phase in MICRO_BATCH_PHASES:
         parts, seconds = [], []
@@ -91,7 +92,7 @@ def priced_phases(
             seconds.append(price)
         axes = {part.axis for part in parts if part.axis is not None}
         hidden = {axis: float(hidden_share(axis, prices, running)) for axis in sorted(axes)}
-        launching_s = float(launch_wait_s(kernels[phase], has_experts, prices, replace(running, load=1.0)))
+        launching_s = float(launch_wait_s(kernels[phase], with_experts, prices, replace(running, load=1.0)))
         found = (tuple(parts), tuple(seconds), hidden, launching_s, prices.is_serial)
         phases[phase] = PricedPhase(phase, *found)
     return phases
@@ -135,7 +136,7 @@ def _priced(
         seconds = comm_in_step(sent, axis, prices)
         tier = tier_of(groups[first.axis])
         return Part(_within(block, first.name), first.kind.value, axis, tier), seconds
-    kernels: dict[str, Array] = dict.fromkeys((*KERNELS, "casts"), 0.0)
+    kernels: dict[str, Array] = dict.fromkeys(KERNELS, 0.0)
     for task in tasks:
         assert isinstance(task, ComputeTask)
         for name, seconds in price_op(task, prices, running).items():

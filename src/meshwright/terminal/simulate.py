@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from meshwright.efficiency_table import EfficiencyTable
 from meshwright.plan import Plan
 from meshwright.simulation import Answer, AtLength, Placed, ScheduleRow
 from meshwright.simulator.failures import Goodput, Reliability
@@ -28,7 +29,7 @@ def show_simulation(answer: Answer, console: Console) -> None:
     console.print(Text(f"{title}, {plan.num_micro_batches} micro-batches", style="bold"))
     console.print()
     console.print(_steps_table(plan, answer.at))
-    _show_path(answer.longest, console)
+    _show_path(answer.longest, plan.cluster.calibration, console)
     _show_changes(answer, console)
     console.print()
     width = console.width - PICTURE_MARGIN
@@ -66,7 +67,7 @@ def _steps_table(plan: Plan, at: tuple[AtLength, ...]) -> Table:
     return table
 
 
-def _show_path(at: AtLength, console: Console) -> None:
+def _show_path(at: AtLength, table: EfficiencyTable | None, console: Console) -> None:
     console.print(f"The critical path at {at.length:,} tokens:")
     for line in at.step.critical_path.words():
         console.print(f"  {line}")
@@ -74,6 +75,9 @@ def _show_path(at: AtLength, console: Console) -> None:
         f"{at.step.events:,} events in {SECONDS.format(at.step.wall_s)}. Kernels and links are priced as by "
         "`plan`; what is simulated is how they come together."
     )
+    if table is not None:
+        words = f"Prices of ops and collectives: measured on {table.date}, {table.machine.words}."
+        console.print(Text(printable(words)))
 
 
 def _show_changes(answer: Answer, console: Console) -> None:

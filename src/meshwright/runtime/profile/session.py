@@ -117,7 +117,7 @@ def _peak(step: Callable[[], float], living: Living | None, mesh: Mesh) -> int:
     """The peak of the second step: the first makes what later ones find."""
     step()
     if living is not None:
-        living.storages.restart()
+        living.storages.restart("step")
         step()
         return living.storages.most
     torch.cuda.reset_peak_memory_stats(mesh.device)
