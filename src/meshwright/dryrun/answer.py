@@ -14,11 +14,12 @@ from meshwright.plan import Plan
 @dataclass(frozen=True)
 class RankRow:
     """One rank: what is its own, and the whole step that was run for it, by itself or by the rank that it is
-    the `same_as`."""
+    the `same_as`. `model_bytes`: what its tensors hold at their peak by the memory model."""
 
     facts: RankFacts
     same_as: int | None
     step: Observed
+    model_bytes: int
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
@@ -32,6 +33,7 @@ class RankRow:
             "peak_bytes": None if peak is None else peak.bytes,
             "peak_by_class": None if peak is None else peak.by_class,
             "peak_moment": None if peak is None else peak.moment,
+            "model_bytes": self.model_bytes,
             "build_bytes": self.step.build_bytes,
             "collectives": collectives(conduct),
             "flops": conduct.work.total,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from meshwright.cost.memory import memory
+from meshwright.cost.rank import CONTEXT, SLACK
 from meshwright.dryrun.expected import Expected
 from meshwright.dryrun.matching import mismatches, stuck
 from meshwright.ir.observed import Conduct, Observed, Ranges
@@ -85,6 +85,7 @@ def checks_of_steps(
     yield counted("matching of steps", "groups", found, unknown or ("" if run else NO_STEP))
     yield not_run("progress", "ranks", unknown) if conducts is None else _progress(expected, conducts)
     yield memory_check(expected, run)
+    yield fits_check(expected, run)
 
 
 def _failures(observed: Sequence[Observed]) -> Iterator[str]:
@@ -150,33 +151,27 @@ def parameters_check(expected: Expected, built: Sequence[Observed]) -> Check:
     if not built:
         return not_run("parameters", "fraction of bytes", "no rank was built")
     worst, why = 0.0, ""
-    wrong = 0
-    for (pp_rank, conduct), seen in _distinct(expected, built):
-        said = expected.shapes(pp_rank)
-        did = {held.name: held for held in conduct.parameters}
-        words = [f"no {name}" for name in said.keys() - did.keys()]
-        words += [f"{name} too many" for name in did.keys() - said.keys()]
-        words += [
-            f"{name} is {did[name].shape}, not {shape}"
-            for name, shape in said.items()
-            if name in did and did[name].shape != shape
-        ]
-        bytes_said = sum(_local_bytes(expected, name, shape) for name, shape in said.items())
-        off = abs(conduct.parameter_bytes - bytes_said) / bytes_said if bytes_said else 0.0
-        padded = any(expected.is_divided(expert) for expert in (False, True))
-        if words or (off > 0 and not padded):
-            wrong += 1
-            detail = words[0] if words else f"{conduct.parameter_bytes:,} B, not {bytes_said:,} B"
-            why = why or f"rank {seen.facts.rank}: {detail}"
+    for seen in built:
+        said = expected.shapes(expected.pp_rank(seen.facts.rank))
+        words = _wrong_shapes(said, seen.conduct)
+        bytes_said = expected.parameter_bytes(seen.facts.rank)
+        off = abs(seen.conduct.parameter_bytes - bytes_said) / bytes_said if bytes_said else 0.0
+        if off and not words:
+            words = f"{seen.conduct.parameter_bytes:,} B, not {bytes_said:,} B"
+        why = why or (f"rank {seen.facts.rank}: {words}" if words else "")
         worst = max(worst, off)
-    return Check("parameters", not wrong, worst, "fraction of bytes", why)
+    return Check("parameters", not why, worst, "fraction of bytes", why)
 
 
-def _local_bytes(expected: Expected, name: str, shape: tuple[int, ...]) -> int:
-    is_expert, degree = expected.degrees[name]
-    if expected.is_divided(is_expert):
-        return -(-shape[0] // degree) * prod(shape[1:]) * 4
-    return prod(shape) * expected.plan.workload.compute_bytes
+def _wrong_shapes(said: Mapping[str, tuple[int, ...]], conduct: Conduct) -> str:
+    """The first parameter that is missing, surplus or of another shape, in words."""
+    did = {held.name: held.shape for held in conduct.parameters}
+    if did == said:
+        return ""
+    words = [f"no {name}" for name in said.keys() - did.keys()]
+    words += [f"{name} too many" for name in did.keys() - said.keys()]
+    words += [f"{n} is {did[n]}, not {shape}" for n, shape in said.items() if n in did and did[n] != shape]
+    return words[0]
 
 
 def _distinct(
@@ -298,14 +293,29 @@ def memory_check(expected: Expected, run: Sequence[Observed]) -> Check:
     """Each rank's peak against what tensors hold by the memory model."""
     if not run:
         return not_run("memory", "fraction", NO_STEP)
-    model = memory(expected.program)
     worst, why = 0.0, ""
     for seen in run:
         if seen.peak is None:
             continue
-        said = model[expected.pp_rank(seen.facts.rank)].allocated_bytes
+        said = expected.memory[expected.pp_rank(seen.facts.rank)].allocated_bytes
         off = abs(said - seen.peak.bytes) / seen.peak.bytes
         if off >= worst:
             peak, other = BYTES.format(seen.peak.bytes), BYTES.format(said)
             worst, why = off, f"rank {seen.facts.rank} peaks at {peak}, the model says {other}"
     return Check("memory", worst <= MEMORY_LIMIT, worst, "fraction", why)
+
+
+def fits_check(expected: Expected, run: Sequence[Observed]) -> Check:
+    """Whether the fullest rank fits in a GPU's memory, with the context and the slack of the memory model on
+    top of its tensors."""
+    needs = []
+    for seen in run:
+        if seen.peak is not None:
+            model = expected.memory[expected.pp_rank(seen.facts.rank)]
+            needs.append((seen.peak.bytes + model.line(CONTEXT) + model.line(SLACK), seen.facts.rank))
+    if not needs:
+        return not_run("fits", "fraction of memory", NO_STEP)
+    room = expected.plan.cluster.gpu.memory
+    needed, rank = max(needs, key=lambda one: one[0])
+    words = f"{BYTES.format(needed)} with context and slack, of {BYTES.format(room)}"
+    return Check("fits", needed <= room, needed / room, "fraction of memory", f"rank {rank} needs {words}")

@@ -54,16 +54,20 @@ def dry_run(plan: Plan, chosen: Sequence[int] | None, progress: Progress) -> Ans
     by_rank = {step.facts.rank: step for step in steps}
     shown = range(world) if chosen is None else whole
     rows = [
-        RankRow(probes[r].facts, None if r in by_rank else first[r], by_rank.get(r) or by_rank[first[r]])
-        for r in shown
+        RankRow(
+            probes[rank].facts,
+            None if rank in by_rank else first[rank],
+            by_rank.get(rank) or by_rank[first[rank]],
+            expected.memory[expected.pp_rank(rank)].allocated_bytes,
+        )
+        for rank in shown
     ]
     all_known = len(rows) == world
     checks = [
         *checks_of_all(expected, probes),
         *checks_of_steps(expected, steps, [row.step.conduct for row in rows] if all_known else None),
     ]
-    notes = {**description(plan.workload.routing)}
-    return Answer(plan, rows, checks, notes, time.perf_counter() - began)
+    return Answer(plan, rows, checks, description(plan.workload.routing), time.perf_counter() - began)
 
 
 def _first_of_class(probes: Sequence[Observed]) -> list[int]:

@@ -7,12 +7,15 @@ group: a rank that asks wrongly does not agree with it.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import fields
 from functools import cached_property
+from math import prod
 
+from meshwright.cost.memory import RankMemory, memory
 from meshwright.ir.observed import Did, Work
 from meshwright.ir.program import Program, lower
 from meshwright.ir.sharding import local_shape, zero_axes, zero_degree
-from meshwright.ir.tasks import CommTask, ComputeTask
+from meshwright.ir.tasks import ComputeTask
 from meshwright.layout import View
 from meshwright.plan import Plan
 from meshwright.workload import RoutingCounts
@@ -31,7 +34,8 @@ _REPLICAS: tuple[tuple[str, View], ...] = (
     ("edp_shard", "expert"),
     ("edp_replica", "expert"),
 )
-_WORK = {"matmul": "matmul", "grouped_matmul": "grouped_matmul", "attention": "attention"}
+_WORK = tuple(field.name for field in fields(Work))
+"""Kinds of ops whose FLOPs are counted, by the names that they have in the graph."""
 
 Groups = dict[str, list[tuple[int, ...]]]
 
@@ -42,6 +46,7 @@ class Expected:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.program: Program = lower(plan)
+        self._bytes: dict[tuple[int, tuple[int, int]], int] = {}
 
     @property
     def is_even(self) -> bool:
@@ -73,6 +78,16 @@ class Expected:
             ]
         return found
 
+    @cached_property
+    def memory(self) -> tuple[RankMemory, ...]:
+        """What ranks hold by the memory model, by pipeline rank, as tokens are routed here: a spread that the
+        workload describes without a histogram runs balanced."""
+        plan = self.plan
+        if not self.is_even or plan.workload.routing == "balanced":
+            return memory(self.program)
+        workload = plan.workload.model_copy(update={"routing": "balanced"})
+        return memory(lower(plan.model_copy(update={"workload": workload})))
+
     def pp_rank(self, rank: int) -> int:
         """The pipeline rank of a rank: stages are the slowest axis of both views."""
         return rank // (self.plan.layout.world_size // self.plan.layout.pp)
@@ -103,6 +118,32 @@ class Expected:
         params = (param for stage in self.program.stages for param in stage.params)
         return {param.name: (param.is_expert, zero_degree(param, layout)) for param in params}
 
+    def parameter_bytes(self, rank: int) -> int:
+        """Bytes of all parameters on a rank."""
+        shapes = self.shapes(self.pp_rank(rank))
+        places = tuple(
+            self._place(is_expert, rank) if self.is_divided(is_expert) else 0 for is_expert in (False, True)
+        )
+        key = self.pp_rank(rank), places
+        if key not in self._bytes:
+            self._bytes[key] = sum(self._share_bytes(name, shape, places) for name, shape in shapes.items())
+        return self._bytes[key]
+
+    def _share_bytes(self, name: str, shape: tuple[int, ...], places: tuple[int, int]) -> int:
+        """Bytes of a parameter of this shape. Where FSDP2 divides it: rows in chunks of ⌈rows / n⌉,
+        of which the last ranks get what is left, as their FP32 masters."""
+        is_expert, degree = self.degrees[name]
+        if not self.is_divided(is_expert):
+            return prod(shape) * self.plan.workload.compute_bytes
+        chunk = -(-shape[0] // degree)
+        first = chunk * places[is_expert]
+        return max(0, min(chunk, shape[0] - first)) * prod(shape[1:]) * 4
+
+    def _place(self, is_expert: bool, rank: int) -> int:
+        """A rank's place among those over which ZeRO divides a parameter."""
+        axis = zero_axes(self.plan.layout)[is_expert]
+        return self.plan.layout.group_of(rank, axis, "expert" if is_expert else "dense").index(rank)
+
     def element(self, name: str) -> str:
         """The type in which a rank holds a parameter."""
         return "fp32" if self.is_divided(self.degrees[name][0]) else self.plan.workload.precision
@@ -116,11 +157,11 @@ class Expected:
 
     def work(self, pp_rank: int) -> Work:
         """FLOPs of a step, what recompute repeats included."""
-        sums = dict.fromkeys(_WORK.values(), 0)
+        sums = dict.fromkeys(_WORK, 0)
         for stage in self.program.stages_of(pp_rank):
             for task in stage.tasks():
                 if isinstance(task, ComputeTask) and task.kind.value in _WORK:
-                    sums[_WORK[task.kind.value]] += task.flops * self.plan.num_micro_batches
+                    sums[task.kind.value] += task.flops * self.plan.num_micro_batches
         return Work(**sums)
 
     def order(self, pp_rank: int) -> tuple[Did, ...]:
@@ -132,7 +173,3 @@ class Expected:
             for action in self.program.schedule.actions(pp_rank)
             for part in action.simple_actions
         )
-
-    def sends(self, pp_rank: int) -> tuple[CommTask, ...]:
-        """What a pipeline rank sends to its neighbours."""
-        return tuple(task for stage in self.program.stages_of(pp_rank) for task in stage.sends)

@@ -91,7 +91,6 @@ class Conduct:
 
     stages: tuple[StageFacts, ...] = ()
     parameters: tuple[HeldParameter, ...] = ()
-    pipeline: tuple[str, int] = ("", 0)
     group_sizes: tuple[tuple[str, int], ...] = ()
     events: tuple[Event, ...] = ()
     work: Work = field(default_factory=Work)

@@ -10,17 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from meshwright.cost.memory import memory
 from meshwright.dryrun.answer import Answer, RankRow, collectives
 from meshwright.dryrun.checks import Check
 from meshwright.ir.observed import Peak
-from meshwright.ir.program import lower
 from meshwright.terminal import printable
 from meshwright.units import BYTES, format_count
 
 _COLLECTIVES = "collectives of a step: how many, bytes of all"
 MOST_ROWS = 16
 """Ranks that the tables list."""
+MOST_COLUMNS = 4
+"""Ranks that stand beside one another in the table of collectives."""
 
 
 def show_dry_run(answer: Answer, console: Console) -> None:
@@ -69,7 +69,7 @@ def _ranks(answer: Answer) -> Table:
             BYTES.format(row.step.build_bytes),
             f"{conduct.work.total / 1e12:,.2f}",
         )
-    return table
+    return _cut(table, len(answer.run) - MOST_ROWS)
 
 
 def _layers(row: RankRow) -> str:
@@ -85,31 +85,40 @@ def _memory(answer: Answer) -> Table:
     """Where a rank's memory is at its fullest moment, beside what the memory model says."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="peak memory", title_justify="left")
     table.add_column("rank", justify="right")
-    for name in ("parameters", "gradients", "optimizer", "activations", "other", "model", "off"):
+    ended = _ended(answer)
+    for name in (*(ended[0][1].by_class if ended else ()), "model", "off"):
         table.add_column(name, justify="right")
     table.add_column("moment")
-    model = memory(lower(answer.plan))
-    for row in answer.run[:MOST_ROWS]:
-        peak = row.step.peak
-        if peak is not None:
-            said = model[row.facts.coordinates["pp"]].allocated_bytes
-            sizes = [BYTES.format(size) for size in peak.by_class.values()]
-            off = f"{said / peak.bytes - 1:+.1%}"
-            table.add_row(str(row.facts.rank), *sizes, BYTES.format(said), off, peak.moment)
+    for row, peak in ended[:MOST_ROWS]:
+        sizes = [BYTES.format(size) for size in peak.by_class.values()]
+        off = f"{row.model_bytes / peak.bytes - 1:+.1%}"
+        table.add_row(str(row.facts.rank), *sizes, BYTES.format(row.model_bytes), off, peak.moment)
+    return _cut(table, len(ended) - MOST_ROWS)
+
+
+def _cut(table: Table, more: int) -> Table:
+    """With a line that says how many ranks are not in it."""
+    if more > 0:
+        table.caption, table.caption_justify = f"… and {more:,} more; --json has all", "left"
     return table
 
 
+def _ended(answer: Answer) -> list[tuple[RankRow, Peak]]:
+    """The ranks whose whole step ran to its end."""
+    return [(row, row.step.peak) for row in answer.run if row.step.peak is not None]
+
+
 def _fullest(answer: Answer) -> str:
-    """One sentence on whether it fits, and on what takes most."""
-    peaks = [(row.step.peak, row) for row in answer.run if row.step.peak is not None]
-    if not peaks:
-        return "no step ran to its end"
-    peak, row = max(peaks, key=lambda one: one[0].bytes)
-    room = answer.plan.cluster.gpu.memory
-    verdict = "fits in" if peak.bytes <= room else "does not fit in"
+    """One sentence on the rank that needs most, and one on whether it fits."""
+    ended = _ended(answer)
+    if not ended:
+        return "no step ran to its end\n"
+    row, peak = max(ended, key=lambda one: one[1].bytes)
+    fits = next((check for check in answer.checks if check.name == "fits"), None)
+    verdict = "" if fits is None else f"{'fits' if fits.holds else 'does not fit'}: {fits.why}\n"
     return (
-        f"rank {row.facts.rank} needs most: {BYTES.format(peak.bytes)} of tensors {verdict} "
-        f"{BYTES.format(room)}; {_largest(peak)}, in the {peak.moment}\n"
+        f"rank {row.facts.rank} needs most: {BYTES.format(peak.bytes)} of tensors; {_largest(peak)}, "
+        f"in the {peak.moment}\n{verdict}"
     )
 
 
@@ -123,7 +132,7 @@ def _collectives(answer: Answer) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=_COLLECTIVES, title_justify="left")
     table.add_column("axis")
     table.add_column("kind")
-    shown = answer.run[:4]
+    shown = answer.run[:MOST_COLUMNS]
     for row in shown:
         table.add_column(f"rank {row.facts.rank}", justify="right")
     found: dict[tuple[str, str], dict[int, tuple[int, int]]] = defaultdict(dict)
@@ -136,7 +145,7 @@ def _collectives(answer: Answer) -> Table:
     for (axis, kind), by_rank in sorted(found.items()):
         cells = [by_rank.get(row.facts.rank, (0, 0)) for row in shown]
         table.add_row(axis, kind, *(f"{n:,}, {BYTES.format(size)}" if n else "–" for n, size in cells))
-    return table
+    return _cut(table, len(answer.run) - MOST_COLUMNS)
 
 
 def _checks(checks: Sequence[Check]) -> Table:

@@ -43,7 +43,6 @@ class Recorder(TorchDispatchMode):
     def __init__(self, known: KnownNumbers) -> None:
         super().__init__()
         self.known, self.storages = known, Storages()
-        self.mesh: Mesh | None = None
         self.axis_of: Mapping[str, str] = {}
         self.events: list[Event] = []
         self.work = {"matmul": 0, "grouped_matmul": 0, "attention": 0}
@@ -59,7 +58,6 @@ class Recorder(TorchDispatchMode):
 
     def name_groups(self, mesh: Mesh) -> None:
         """Take the names of groups from a mesh."""
-        self.mesh = mesh
         self.axis_of = {group.group_name: axis for axis, group in mesh.groups.items()}
 
     def step_begins(self) -> None:

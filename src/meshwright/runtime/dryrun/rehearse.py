@@ -81,12 +81,11 @@ def observe(plan: Plan, rank: int) -> Observed:
 
 def conduct_of(trainer: Trainer, recorder: Recorder) -> Conduct:
     """What a rank was seen to hold and do."""
-    plan, mesh = trainer.plan, trainer.mesh
+    groups = trainer.mesh.groups
     return Conduct(
         stages_of(trainer),
         parameters_of(trainer),
-        (plan.policy.schedule, plan.num_micro_batches),
-        tuple(sorted((axis, group.size()) for axis, group in mesh.groups.items())),
+        tuple(sorted((axis, group.size()) for axis, group in groups.items())),
         tuple(recorder.events),
         recorder.done(),
     )

@@ -22,8 +22,6 @@ from meshwright.runtime.dryrun.known import KnownNumbers
 from meshwright.runtime.moe import MoE
 from meshwright.runtime.routing import Decision
 
-SEAMS = ("routing", "grouped matmul")
-
 
 @contextmanager
 def routing(known: KnownNumbers) -> Iterator[None]:
