@@ -121,9 +121,7 @@ class Expected:
     def parameter_bytes(self, rank: int) -> int:
         """Bytes of all parameters on a rank."""
         shapes = self.shapes(self.pp_rank(rank))
-        places = tuple(
-            self._place(is_expert, rank) if self.is_divided(is_expert) else 0 for is_expert in (False, True)
-        )
+        places = self._place(False, rank), self._place(True, rank)
         key = self.pp_rank(rank), places
         if key not in self._bytes:
             self._bytes[key] = sum(self._share_bytes(name, shape, places) for name, shape in shapes.items())

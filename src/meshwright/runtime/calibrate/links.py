@@ -1,7 +1,12 @@
-"""Collectives between local ranks, each by the call with which the runtime makes it."""
+"""Collectives between local ranks, each by the call with which the runtime makes it, and after some work.
+
+In a step ranks come to a collective from their ops: not at the same moment, and with other data in their
+caches. Back to back it takes half as long on two processors.
+"""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 
 import torch
@@ -15,18 +20,42 @@ from meshwright.runtime.collectives import all_gather, all_reduce, exchange_coun
 
 PAYLOADS = (4, 1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 """Bytes of the payloads that are timed, as CollectiveKind counts them."""
+WORK_S = 1e-3
+"""Seconds of work before each, about what lies between two collectives of a small step."""
 
 
-def timed_collective(kind: CollectiveKind, size: int, group: ProcessGroup, device: torch.device) -> Timed:
-    """One collective of a payload in bytes. Ranks meet before it, so that none waits for another's work."""
+def timed_collective(
+    kind: CollectiveKind, size: int, group: ProcessGroup, device: torch.device, work: Callable[[], object]
+) -> Timed:
+    """One collective of a payload in bytes, from the moment at which this rank comes to it after `work`."""
     call = _call(kind, max(size // 4, 1), group, device)
-    meeting = torch.zeros(1, device=device)
 
     def sample() -> float:
-        dist.all_reduce(meeting, group=group)
+        work()
         return seconds_of(call, device) / (2 if kind is CollectiveKind.SEND_RECV else 1)
 
     return sample
+
+
+def usual_work(group: ProcessGroup, device: torch.device) -> Callable[[], object]:
+    """Matmuls and sweeps over memory of about WORK_S, as many on every rank."""
+    matrix, swept = torch.randn(256, 256, device=device), torch.zeros(1 << 20, device=device)
+
+    def once() -> None:
+        torch.mm(matrix, matrix)
+        swept.add_(1.0)
+
+    once()
+    each = statistics.median(seconds_of(once, device) for _ in range(9))
+    count = torch.tensor([max(round(WORK_S / each), 1)], device=device)
+    dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
+    times = int(count.item())
+
+    def work() -> None:
+        for _ in range(times):
+            once()
+
+    return work
 
 
 def _call(

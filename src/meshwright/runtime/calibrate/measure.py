@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,16 @@ import torch.distributed as dist
 from meshwright.ir.graph import CollectiveKind
 from meshwright.model import Model
 from meshwright.plan import Plan
-from meshwright.runtime.calibrate.links import PAYLOADS, timed_collective
-from meshwright.runtime.calibrate.rounds import Sampled, Timed, clock_of, in_turns, seconds_of, summed_up
+from meshwright.runtime.calibrate.links import PAYLOADS, timed_collective, usual_work
+from meshwright.runtime.calibrate.rounds import (
+    Sampled,
+    Timed,
+    averaged,
+    clock_of,
+    in_turns,
+    seconds_of,
+    summed_up,
+)
 from meshwright.runtime.calibrate.subjects import Shape, Subject, Surroundings, subject_of
 from meshwright.runtime.launch import DeviceKind, device_kind, run_local
 from meshwright.runtime.mesh import Mesh, single_process
@@ -86,22 +95,17 @@ def _rank(job: Job, mesh: Mesh, path: Path) -> None:
     shapes = _shapes(job, mesh, OPS * share, goes_on)
     steps = in_turns([_timed_step(plan, mesh) for plan in job.references], STEPS * share, goes_on)
     links = _links(mesh, LINKS * share, goes_on) if together else []
-    means = [_over_ranks(mesh, seconds, sum, mesh.layout.world_size) for seconds in (*shapes, *steps)]
+    means = [summed_up(_over_ranks(mesh, seconds)) for seconds in (*shapes, *steps)]
     if mesh.rank == 0:
         document = {
-            "shapes": [_values(seconds) for seconds in means[: len(shapes)]],
-            "references": [_values(seconds) for seconds in means[len(shapes) :]],
-            "links": [(kind, size, _values(seconds)) for kind, size, seconds in links],
+            "shapes": [astuple(one) for one in means[: len(shapes)]],
+            "references": [astuple(one) for one in means[len(shapes) :]],
+            "links": [(kind, size, astuple(one)) for kind, size, one in links],
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else None,
             "wall_s": time.perf_counter() - began,
         }
         path.write_text(json.dumps(document), "utf-8")
-
-
-def _values(seconds: Sequence[float]) -> tuple[float, float, int]:
-    one = summed_up(seconds)
-    return one.time_s, one.spread, one.samples
 
 
 def _agreed(mesh: Mesh, wanted: bool) -> bool:
@@ -114,16 +118,14 @@ def _agreed(mesh: Mesh, wanted: bool) -> bool:
     return bool(flag.item())
 
 
-def _over_ranks(
-    mesh: Mesh, seconds: Sequence[float], joined: Callable[[tuple[float, ...]], float], over: float
-) -> list[float]:
-    """Each sample of all ranks joined to one."""
+def _over_ranks(mesh: Mesh, seconds: Sequence[float]) -> list[float]:
+    """The mean over the ranks of each sample."""
     if mesh.group("world") is None:
         return list(seconds)
     everyone: list[list[float]] = [[] for _ in range(mesh.layout.world_size)]
     group = mesh.group("coordination") or mesh.group("world")
     dist.all_gather_object(everyone, list(seconds), group=group)
-    return [joined(values) / over for values in zip(*everyone, strict=True)]
+    return [statistics.fmean(values) for values in zip(*everyone, strict=True)]
 
 
 def _shapes(job: Job, mesh: Mesh, budget_s: float, goes_on: Callable[[bool], bool]) -> list[list[float]]:
@@ -181,17 +183,17 @@ def _timed_step(plan: Plan, mesh: Mesh) -> Timed:
     return sample
 
 
-def _links(
-    mesh: Mesh, budget_s: float, goes_on: Callable[[bool], bool]
-) -> list[tuple[str, int, list[float]]]:
-    """Samples of collectives among all ranks; the slowest rank's time counts."""
+def _links(mesh: Mesh, budget_s: float, goes_on: Callable[[bool], bool]) -> list[tuple[str, int, Sampled]]:
+    """Collectives among all ranks. The mean over ranks counts, of the time from each rank's coming to its
+    going: work is priced by what it takes in the mean, and here it is that others wait for the slowest."""
     group = mesh.group("world")
     assert group is not None
     asked = [(kind, size) for kind in CollectiveKind for size in PAYLOADS]
-    timed = [timed_collective(kind, size, group, mesh.device) for kind, size in asked]
+    work = usual_work(group, mesh.device)
+    timed = [timed_collective(kind, size, group, mesh.device, work) for kind, size in asked]
     samples = in_turns(timed, budget_s, goes_on)
     return [
-        (kind.value, size, _over_ranks(mesh, seconds, max, 1.0))
+        (kind.value, size, averaged(_over_ranks(mesh, seconds)))
         for (kind, size), seconds in zip(asked, samples, strict=True)
     ]
 
