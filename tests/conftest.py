@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,8 @@ hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
-GOLDEN = Path(__file__).parent / "golden"
+HERE = Path(__file__).parent
+GOLDEN = HERE / "golden"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,6 +31,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write the golden files from what the code prints now; read the diff",
     )
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder with the text that training runs read, and with what they share: one for all workers."""
+    sys.path.insert(0, str(HERE / "runtime"))
+    from training_runs import write_corpus
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "corpus"
+    folder.mkdir(exist_ok=True)
+    return write_corpus(folder)
 
 
 @pytest.fixture

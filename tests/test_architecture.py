@@ -49,6 +49,7 @@ LEVEL_OF = {
     "cost": "cost",
     # what is done with it
     "verify": "verify",
+    "runnable": "verify",
     "audit": "audit",
     "groups": "groups",
     "scale_down": "scale_down",

@@ -15,7 +15,7 @@ from meshwright import __version__
 from meshwright.delivery import BROKEN_PIPE, deliver, discard_the_rest, present, say, tell
 from meshwright.dryrun_command import register as register_dryrun
 from meshwright.errors import InputError
-from meshwright.machine_commands import register, with_calibration, with_history
+from meshwright.machine_commands import register, with_history
 from meshwright.options import (
     Calibration,
     Device,
@@ -28,6 +28,7 @@ from meshwright.options import (
     Plan,
     Strict,
     guard_input,
+    with_calibration,
 )
 
 if TYPE_CHECKING:
@@ -295,7 +296,7 @@ def train(
     guard_input(file, None)
     asked = Asked(
         file,
-        with_calibration(overrides, calibration),
+        with_calibration(overrides, None if scale_down else calibration),
         nproc,
         scale_down,
         device,
@@ -305,6 +306,7 @@ def train(
         keep,
         resume,
         as_json,
+        calibration,
     )
     try:
         train_file(asked)

@@ -27,6 +27,22 @@ View = Literal["dense", "expert"]
 
 DENSE_ORDER: tuple[DenseAxis, ...] = ("tp", "cp", "dp", "pp")
 EXPERT_ORDER: tuple[ExpertAxis, ...] = ("etp", "ep", "edp", "pp")
+GROUP_AXES: tuple[tuple[str, View], ...] = (
+    ("tp", "dense"),
+    ("dp_cp", "dense"),
+    ("pp", "dense"),
+    ("etp", "expert"),
+    ("ep", "expert"),
+    ("edp", "expert"),
+)
+"""Axes along which ranks speak, and the view that names them."""
+REPLICA_AXES: tuple[tuple[str, View], ...] = (
+    ("dp_shard", "dense"),
+    ("dp_replica", "dense"),
+    ("edp_shard", "expert"),
+    ("edp_replica", "expert"),
+)
+"""The same where ZeRO's groups have replicas."""
 
 
 class LayoutRequest(Noun):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from meshwright.delivery import present, say
-from meshwright.errors import InputError
-from meshwright.options import Device, Json, Overrides, Plan, guard_input
+from meshwright.options import Calibration, Device, Json, Overrides, Plan, guard_input, with_calibration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,21 +17,6 @@ if TYPE_CHECKING:
 
 Document = Callable[[], Mapping[str, Any]]
 Show = Callable[["Console"], None]
-
-
-def with_calibration(overrides: Sequence[str] | None, calibration: str | None) -> tuple[str, ...]:
-    """The overrides with a table's file put in, by its path from the working directory."""
-    changes = tuple(overrides or ())
-    if calibration is None:
-        return changes
-    if not calibration.strip():
-        raise InputError("--calibration", calibration, "the path of a table", ["here.yaml"])
-    return (*changes, f"cluster.calibration={_quoted(os.path.abspath(calibration))}")
-
-
-def _quoted(path: str) -> str:
-    """A path as YAML text that is read back as it stands."""
-    return "'" + path.replace("'", "''") + "'"
 
 
 def with_history(
@@ -70,7 +53,8 @@ def calibrate(
     ] = None,
     budget: Annotated[str, typer.Option(metavar="TIME", help="About how long to measure.")] = "60 s",
     nproc: Annotated[
-        int | None, typer.Option(metavar="N", help="Local ranks at work, beside one alone (2).")
+        int | None,
+        typer.Option(metavar="N", help="Local ranks at work, beside one alone (the plans', or 2)."),
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -107,9 +91,7 @@ def profile(
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="DIR", help="Keep plan, traces, figures there.")
     ] = None,
-    calibration: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Predict by what `calibrate` measured there.")
-    ] = None,
+    calibration: Calibration = None,
     balanced: Annotated[
         bool, typer.Option("--balanced", help="Spread tokens evenly over experts, not by the router.")
     ] = False,
@@ -124,7 +106,7 @@ def profile(
     asked = Asked(file, with_calibration(overrides, calibration), steps, nproc, output, device, balanced)
     with progress_bar() as progress:
         answer = run_profile(asked, progress)
-    if int(os.environ.get("RANK", "0") or 0) != 0:  # under torchrun one rank speaks
+    if answer is None:  # under torchrun one rank speaks
         return
 
     def show(console: Console) -> None:

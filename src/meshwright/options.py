@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import typer
@@ -40,3 +41,18 @@ def guard_input(file: str, output: str | None, flag: str = "--output") -> None:
         raise InputError("FILE", file, "standard input is not read; give the path of a file")
     if output and os.path.exists(output) and os.path.exists(file) and os.path.samefile(output, file):
         raise InputError(flag, output, "the file that is read would be overwritten")
+
+
+def with_calibration(overrides: Sequence[str] | None, calibration: str | None) -> tuple[str, ...]:
+    """The overrides with a table's file put in, by its path from the working directory."""
+    changes = tuple(overrides or ())
+    if calibration is None:
+        return changes
+    if not calibration.strip():
+        raise InputError("--calibration", calibration, "the path of a table", ["here.yaml"])
+    return (*changes, f"cluster.calibration={_quoted(os.path.abspath(calibration))}")
+
+
+def _quoted(path: str) -> str:
+    """A path as YAML text that is read back as it stands."""
+    return "'" + path.replace("'", "''") + "'"

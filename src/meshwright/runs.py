@@ -19,6 +19,7 @@ from meshwright.cluster import LOCAL_GPU, Cluster
 from meshwright.cost.memory import memory, worst
 from meshwright.errors import InputError
 from meshwright.files import Noun, decode, read_yaml, to_yaml, write_text
+from meshwright.gpus import is_named
 from meshwright.ir.program import lower
 from meshwright.machine import Machine, this_machine
 from meshwright.plan import Plan
@@ -26,6 +27,7 @@ from meshwright.simulator.simulate import simulate
 from meshwright.units import Count, Number
 
 FILE = "run.yaml"
+JOURNAL = "steps.jsonl"
 MOST_DEEP = 3
 """Folders inside one another that are looked through for runs."""
 MOST_COUNTED, WARMING = 200, 2
@@ -155,22 +157,37 @@ def write_record(record: RunRecord, folder: Path) -> None:
     write_text(folder / FILE, to_yaml(record.model_dump(mode="json", exclude_none=True)))
 
 
-def keep_training(plan: Plan, folder: Path, gpu: str | None) -> None:
-    """Leave the record of a training run in its folder, from the steps that its journal holds. A run of which
-    nothing can be predicted, or that made no step, has none."""
+def journal_lines(folder: Path) -> int:
+    """How many lines the journal of a run's folder has; 0 where there is none."""
     try:
-        lines = (folder / "steps.jsonl").read_text("utf-8").splitlines()
-        steps = [json.loads(line) for line in lines[-MOST_COUNTED:]]
+        return len((folder / JOURNAL).read_text("utf-8").splitlines())
     except OSError:
-        return
+        return 0
+
+
+def keep_training(plan: Plan, folder: Path, gpu: str | None, before: int = 0) -> None:
+    """Leave the record of a training run in its folder, from the steps that its journal holds after `before`
+    lines, which are those of earlier runs. A run that made no step has none. Raises InputError where nothing
+    can be predicted of the plan."""
+    steps = [*_steps(folder, before)][-MOST_COUNTED:]
     counted = steps[WARMING:] if len(steps) > 2 * WARMING else steps
     if not counted:
         return
     seconds = statistics.median(step["step_time_s"] for step in counted)
     figures = Figures(step_time_s=seconds, peak_memory_bytes=steps[-1]["peak_memory_bytes"])
     memory_of: MemoryOf = "process" if gpu is None else "tensors"
-    with suppress(InputError):
-        write_record(record_of("train", plan, gpu, len(counted), figures, memory_of), folder)
+    write_record(record_of("train", plan, gpu, len(counted), figures, memory_of), folder)
+
+
+def _steps(folder: Path, before: int) -> Iterator[dict[str, Any]]:
+    """The steps of a journal, without lines that a run could not finish."""
+    try:
+        lines = (folder / JOURNAL).read_text("utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines[before:]:
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)
 
 
 def runs_in(folder: str | Path, key: str = "FOLDER") -> list[Found]:
@@ -201,14 +218,16 @@ def _records(folder: Path, deep: int) -> Iterator[Path]:
 
 
 def history_of(runs: Sequence[Found], cluster: Cluster) -> History:
-    """The history of the machine that a cluster stands for: the one at hand for local processes, else all
-    that had its GPU; priced by a table where the cluster is."""
+    """The history of the machine that a cluster stands for: the one at hand for local processes, else every
+    machine that has its GPU and computed on it; priced by a table where the cluster is."""
     calibrated = cluster.calibration is not None
-    here = this_machine()
 
     def matches(record: RunRecord) -> bool:
-        same = record.gpu == cluster.gpu.name and (record.calibration is not None) is calibrated
-        return same and (record.gpu != LOCAL_GPU or record.machine.is_like(here))
+        if (record.calibration is not None) is not calibrated:
+            return False
+        if cluster.gpu.name == LOCAL_GPU:
+            return record.gpu == LOCAL_GPU and record.machine.is_like(this_machine(record.machine.gpu))
+        return record.machine.gpu is not None and is_named(cluster.gpu.name, record.machine.gpu)
 
     errors = [one.record.time_error for one in runs if matches(one.record)]
     if not errors:

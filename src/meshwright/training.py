@@ -7,19 +7,19 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from meshwright.deployment import Training
-from meshwright.errors import InputError, MeshwrightError
+from meshwright.efficiency_table import read_table
+from meshwright.errors import InputError
 from meshwright.plan import Plan
 from meshwright.planner.planned import planned
-from meshwright.runs import keep_training
+from meshwright.runnable import TRAINING, require_installed, require_runnable
+from meshwright.runs import FILE, journal_lines, keep_training
 from meshwright.scale_down import ScaledDown, scaled_down
 from meshwright.terminal.progress import progress_bar
 from meshwright.terminal.train import JsonLines, Screen
-from meshwright.verify import require_valid
 
 SCALED_RANKS = 8
 """Ranks of a scaled-down plan unless told otherwise: two of each of tp, pp and dp."""
@@ -27,7 +27,8 @@ SCALED_RANKS = 8
 
 @dataclass(frozen=True)
 class Asked:
-    """The command line of `train`."""
+    """The command line of `train`. `calibration`: the table of a plan that is scaled down; of another it is
+    among the overrides."""
 
     file: str
     overrides: tuple[str, ...]
@@ -40,13 +41,14 @@ class Asked:
     keep: int | None
     resume: bool
     as_json: bool
+    calibration: str | None = None
 
 
 def train(asked: Asked) -> None:
     """Train what was asked. Raises InputError and MeshwrightError."""
     _check(asked)
     plan, changes = _plan(asked)
-    _require_extra()
+    require_installed("training", TRAINING)
     # Threads that spin while they wait take the cores from ranks that work: a hundred times slower where
     # others compute too. Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -64,17 +66,21 @@ def train(asked: Asked) -> None:
             return JsonLines()
         return Screen(plan, training.steps, changes, unigram_entropy(stream))
 
+    before = 0 if output is None else journal_lines(output)
     train_plan(plan, run, _num_ranks(asked, plan), asked.device, audience, _reading)
     if output is not None and os.environ.get("RANK", "0") == "0":
-        _keep_record(plan, output, asked)
+        _keep_record(plan, output, asked, before)
 
 
-def _keep_record(plan: Plan, output: Path, asked: Asked) -> None:
-    """What was predicted of the run beside what it took, for `runs`."""
+def _keep_record(plan: Plan, output: Path, asked: Asked, before: int) -> None:
+    """What was predicted of the run beside what it took, for `runs`; `before`: steps that were there."""
     from meshwright.runtime.launch import gpu_name
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", plan.layout.world_size))
-    keep_training(plan, output, gpu_name(asked.device, local))
+    try:
+        keep_training(plan, output, gpu_name(asked.device, local), before)
+    except InputError as error:
+        print(f"note: no prediction, so no {FILE} for `runs`: {error}", file=sys.stderr)
 
 
 @contextmanager
@@ -89,13 +95,20 @@ def _plan(asked: Asked) -> tuple[Plan, Sequence[str]]:
     changes: tuple[str, ...] = ()
     if asked.scale_down:
         scaled = _scaled(plan, SCALED_RANKS if asked.nproc is None else asked.nproc)
-        plan, changes = scaled.plan, scaled.changes
+        plan, changes = _priced(scaled.plan, asked.calibration), scaled.changes
     if asked.steps is not None:
         training = (plan.training or Training()).model_copy(update={"steps": asked.steps})
         plan = plan.model_copy(update={"training": training})
-    _require_trainable(plan)
-    require_valid(plan)
+    require_runnable(plan)
     return plan, changes
+
+
+def _priced(plan: Plan, calibration: str | None) -> Plan:
+    """A scaled-down plan with the table of the machine that it runs on."""
+    if calibration is None:
+        return plan
+    table = plan.cluster.model_copy(update={"calibration": read_table(calibration)})
+    return plan.model_copy(update={"cluster": table})
 
 
 def _scaled(plan: Plan, num_ranks: int) -> ScaledDown:
@@ -104,29 +117,6 @@ def _scaled(plan: Plan, num_ranks: int) -> ScaledDown:
     except InputError as error:
         key = "--nproc" if error.key == "num_ranks" else error.key
         raise InputError(key, error.value, error.rule, error.nearest) from None
-
-
-def _require_trainable(plan: Plan) -> None:
-    """Raise InputError for what the native runtime does not train, where `verify` has no rule for it."""
-    if plan.policy.engine != "native":
-        rule = "meshwright trains with its own engine, and plans for others"
-        raise InputError("policy.engine", plan.policy.engine, rule, ["native"])
-    if plan.layout.pp == 1 and plan.layout.vpp > 1:
-        raise InputError("layout.vpp", plan.layout.vpp, "one pipeline rank has nothing to interleave", [1])
-    _require_positions(plan)
-
-
-def _require_positions(plan: Plan) -> None:
-    """Raise InputError for positions that the model has no numbers for, or cannot rotate by."""
-    model, longest = plan.model, plan.workload.max_sequence_length
-    if model.position == "learned" and longest > (model.max_position_embeddings or 0):
-        rule = f"at most max_position_embeddings = {model.max_position_embeddings}: positions are learned"
-        raise InputError("workload.sequence_length", longest, rule, [model.max_position_embeddings])
-    rotated = int(model.qk_head_dim * model.partial_rotary_factor)
-    if model.position == "rope" and rotated % 2:
-        rule = f"rotary positions turn pairs, and {rotated} of a head's {model.qk_head_dim} dims are odd"
-        near = [model.qk_head_dim + 1] if model.partial_rotary_factor == 1 else []
-        raise InputError("model.head_dim", model.qk_head_dim, rule, near)
 
 
 def _num_ranks(asked: Asked, plan: Plan) -> int | None:
@@ -151,10 +141,3 @@ def _check(asked: Asked) -> None:
     ):
         if given and asked.output is None:
             raise InputError("--output", "missing", f"{flag} needs the run's folder", ["-o runs/first"])
-
-
-def _require_extra() -> None:
-    """Raise MeshwrightError where the libraries of training are not installed: planning does without."""
-    for name in ("torch", "numpy", "datasets", "tokenizers", "tensorboard"):
-        if find_spec(name) is None:
-            raise MeshwrightError(f"training needs {name}: pip install 'meshwright[train]'")

@@ -16,48 +16,12 @@ from typer.testing import CliRunner
 
 from meshwright.__main__ import main
 from meshwright.cli import app
-from meshwright.dryrun import Answer, Asked, Check, answered
+from meshwright.dryrun import Answer, Check
 from meshwright.dryrun.checks import checks_of_all, checks_of_steps
 from meshwright.dryrun.expected import Expected
 from meshwright.ir.observed import Conduct, Observed
 from meshwright.terminal import rendered
 from meshwright.terminal.dryrun import show_dry_run
-
-PLAN = """
-name: small
-cluster: {local: 16}
-model:
-  num_hidden_layers: 2
-  hidden_size: 64
-  num_attention_heads: 4
-  num_experts: 8
-  num_experts_per_tok: 2
-  moe_intermediate_size: 32
-  vocab_size: 256
-workload: {global_batch_size: 16, sequence_length: 128, precision: bf16}
-layout: {tp: 2, pp: 2, dp: 4, cp: 1, vpp: 1, ep: 4, etp: 1}
-policy:
-  engine: native
-  micro_batch_size: 2
-  schedule: 1F1B
-  zero_stage: 1
-  sequence_parallel: true
-  recompute: none
-  dispatcher: alltoall
-  expert_overlap: false
-"""
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("plan") / "plan.yaml"
-    path.write_text(PLAN)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def answer(file: str) -> Answer:
-    return answered(Asked(file), lambda what, done, of: None)
 
 
 def document(*arguments: str) -> dict:
@@ -173,13 +137,13 @@ def test_help_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_experts_are_chosen_as_a_histogram_says(tmp_path: Path) -> None:
+def test_experts_are_chosen_as_a_histogram_says(file: str, tmp_path: Path) -> None:
     counts = ["layer,expert,tokens"]
     counts += [f"{layer},{e},{16 if e == 0 else 8}" for layer in range(2) for e in range(8)]
     (tmp_path / "counts.csv").write_text("\n".join(counts) + "\n")
     path = tmp_path / "plan.yaml"
     routed = "precision: bf16, routing: {histogram: counts.csv}}"
-    path.write_text(PLAN.replace("precision: bf16}", routed))
+    path.write_text(Path(file).read_text("utf-8").replace("precision: bf16}", routed))
     found = document(str(path))
     checks = {check["name"]: check for check in found["checks"]}
     assert "histogram" in found["notes"]["routing"]

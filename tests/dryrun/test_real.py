@@ -16,6 +16,7 @@ import torch
 from layouts import Case, _case
 from real_runs import real
 
+from meshwright.ir.observed import Conduct
 from meshwright.runtime.dryrun.rehearse import observe
 from meshwright.runtime.dryrun.seams import FAKE_OPS, grouped_mm
 
@@ -28,12 +29,13 @@ CASES = (
     _case("balanced", "tp2 dp2 ep4", "z1", "mb4", "full"),
 )
 CLOSE = 0.02
-"""By which fraction a peak may be off: a buffer of 16 KiB freed late is 1.6 % of the first case's."""
+"""By which fraction a peak may be off, beside buffers that are let go late."""
+LATE = 2
+"""Buffers of calls that a real rank may still hold: until the thread that sends is done with them."""
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("real")
+def late_bytes(conduct: Conduct) -> int:
+    return LATE * max(call.bytes for call in conduct.calls)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -47,16 +49,17 @@ def test_every_rank_does_for_real_what_its_dry_run_does(case: Case, corpus: Path
         assert seen.conduct.stages == conduct.stages
         assert seen.peak is not None
         # FSDP2 and split backwards let go of tensors a moment earlier or later
-        assert seen.peak.bytes == pytest.approx(peak.bytes, rel=CLOSE)
+        assert (1 - CLOSE) * seen.peak.bytes <= peak.bytes
+        assert peak.bytes <= (1 + CLOSE) * seen.peak.bytes + late_bytes(conduct)
 
 
 def test_a_real_peak_is_no_lower_and_little_higher(corpus: Path) -> None:
     """Usually they are equal. A real send or collective may keep its buffer until its own thread is done."""
     plan = CASES[0].plan("adamw")
-    for rank, (_, peak) in enumerate(real(CASES[0], corpus)):
+    for rank, (conduct, peak) in enumerate(real(CASES[0], corpus)):
         dry = observe(plan, rank).peak
         assert dry is not None
-        assert dry.bytes <= peak.bytes <= (1 + CLOSE) * dry.bytes
+        assert dry.bytes <= peak.bytes <= dry.bytes + late_bytes(conduct)
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[4], CASES[0]], ids=str)

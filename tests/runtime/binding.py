@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from layouts import Case, _case
 from ranks import run_ranks
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import made_once, stream_of, trainer_of
 
 from meshwright.ir.program import Program, lower
 from meshwright.ir.sharding import local_shape
+from meshwright.layout import GROUP_AXES, REPLICA_AXES
 from meshwright.plan import Plan
-from meshwright.runtime.mesh import AXES, REPLICA_AXES
+from meshwright.runtime.calls import call_of
 from meshwright.runtime.step import inputs_of, rows_of_rank
-from meshwright.runtime.watch import Watch
 
 _CHOSEN = (
     _case("gated", "dp2", "z0"),
@@ -75,6 +79,23 @@ class Done:
     groups: dict[str, list[int]]
 
 
+class _Watch(TorchDispatchMode):
+    """Counts the collectives that run while it is active."""
+
+    def __init__(self, groups: Mapping[str, ProcessGroup]) -> None:
+        super().__init__()
+        self.axis_of = {group.group_name: axis for axis, group in groups.items()}
+        self.calls: Calls = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            call, group = call_of(func, args, self.axis_of)
+            if not call.is_receive:
+                axis = "tp" if call.axis == "kv_copies" else call.axis  # the graph's name for them
+                self.calls[call.kind.value, axis, group.size(), call.bytes] += 1
+        return func(*args, **(kwargs or {}))
+
+
 @cache
 def done(case: Case, folder: Path) -> list[Done]:
     """What every rank of a case did."""
@@ -87,16 +108,12 @@ def _done(rank: int, plan: Plan, folder: Path) -> Done:
     stream, rows = stream_of(plan, folder), rows_of_rank(plan, trainer.mesh)
     batches = [inputs_of(stream.next(rows), trainer.mesh.device) for _ in range(2)]
     trainer.step(*batches[0])
-    with Watch(trainer.mesh.groups) as watch:
+    with _Watch(trainer.mesh.groups) as watch:
         trainer.step(*batches[1])
-    calls: Calls = Counter()
-    for call in watch.calls:
-        axis = "tp" if call.axis == "kv_copies" else call.axis  # the graph's name for them
-        calls[call.kind.value, axis, call.num_ranks, call.bytes] += 1
     tensors = {n: p for stage in trainer.replica.stages.values() for n, p in stage.named_parameters()}
     return Done(
         trainer.mesh.position("pp"),
-        calls,
+        watch.calls,
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         {n: (t.to_local() if isinstance(t, DTensor) else t).numel() for n, t in tensors.items()},
         {axis: dist.get_process_group_ranks(group) for axis, group in trainer.mesh.groups.items()},
@@ -121,7 +138,7 @@ def said_shapes(program: Program, pp_rank: int) -> Shapes:
 def said_groups(plan: Plan, rank: int) -> dict[str, list[int]]:
     """Whom a rank speaks to, by the layout."""
     layout = plan.layout
-    groups = {axis: layout.group_of(rank, axis, view) for axis, view in AXES if layout.size(axis) > 1}
+    groups = {axis: layout.group_of(rank, axis, view) for axis, view in GROUP_AXES if layout.size(axis) > 1}
     groups["world"] = list(range(layout.world_size))
     if layout.dp_replicas > 1:
         more = {axis: layout.group_of(rank, axis, view) for axis, view in REPLICA_AXES}

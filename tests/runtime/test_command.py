@@ -147,7 +147,7 @@ BAD_INPUT = {
     "vocabulary": (("--set", "model.vocab_size=100"), "256"),
     "engine": (
         ("--set", "policy.engine=megatron"),
-        "policy.engine: 'megatron': meshwright trains with its own",
+        "policy.engine: 'megatron': meshwright runs its own",
     ),
     "a setting of others": (
         ("--set", "policy.settings.moments=bf16"),

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from importlib.util import find_spec
 from typing import Any, Literal, Protocol
 
 from meshwright.calibrating.references import (
@@ -18,7 +17,7 @@ from meshwright.calibrating.references import (
 from meshwright.calibrating.shapes import ShapeKey, grid, of_programs
 from meshwright.cluster import LocalRequest
 from meshwright.efficiency_table import EfficiencyTable, Kernels, LinkPoint, OpPoint, write_table
-from meshwright.errors import InputError, MeshwrightError
+from meshwright.errors import InputError
 from meshwright.ir.program import lower
 from meshwright.layout import Layout
 from meshwright.machine import this_machine
@@ -27,6 +26,7 @@ from meshwright.planner.confidence import Confidence, confidence_of
 from meshwright.planner.estimate import running_of
 from meshwright.planner.planned import planned
 from meshwright.planner.prices import Conditions, prices
+from meshwright.runnable import TORCH, require_installed
 from meshwright.units import SECONDS
 from meshwright.workload import Precision
 
@@ -77,10 +77,16 @@ class Calibrated:
 
 def calibrate(asked: Asked, progress: Progress) -> Calibrated:
     """Measure this machine, and write the table where asked. Raises InputError and MeshwrightError."""
-    budget_s, nproc = _budget(asked.budget), _nproc(asked.nproc)
+    budget_s = _budget(asked.budget)
+    if asked.overrides and not asked.plans:
+        raise InputError(
+            "--set", asked.overrides[0], "changes a plan: name one by --plan", ["--plan plan.yaml"]
+        )
     plans = [planned(path, asked.overrides, "native", progress) for path in asked.plans]
-    precision = _precision(plans)
-    _require_torch()
+    nproc = _nproc(asked.nproc, plans)
+    _require_alike(plans)
+    require_installed("measuring", TORCH)
+    precision = _precision(plans, _device_kind(asked.device, nproc))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     table = _measured(plans, precision, nproc, budget_s, asked.device, progress)
     if asked.output is not None:
@@ -103,17 +109,51 @@ def _budget(text: str) -> float:
     return seconds
 
 
-def _nproc(asked: int | None) -> int:
+def _nproc(asked: int | None, plans: Sequence[Plan]) -> int:
+    """Ranks at work together: as many as the largest of the plans that this machine runs, else two."""
     if asked is None:
-        return min(os.cpu_count() or 1, 2)
+        cores = os.cpu_count() or 1
+        of_plans = [plan.layout.world_size for plan in plans if plan.layout.world_size <= cores]
+        return max(of_plans, default=min(cores, 2))
     if not 1 <= asked <= MOST_RANKS:
         raise InputError("--nproc", asked, f"between 1 and {MOST_RANKS} ranks", [2])
     return asked
 
 
-def _precision(plans: Sequence[Plan]) -> Precision:
-    """The number type of all plans; fp32 without any, because processors are fast in it."""
-    kinds = list(dict.fromkeys(plan.workload.precision for plan in plans)) or ["fp32"]
+_SURROUNDINGS = (
+    "norm",
+    "hidden_act",
+    "router",
+    "num_experts",
+    "num_experts_per_tok",
+    "qk_head_dim",
+    "partial_rotary_factor",
+    "vocab_size",
+)
+"""What ops take from a model beside their sizes (`runtime/calibrate/subjects.py`)."""
+
+
+def _require_alike(plans: Sequence[Plan]) -> None:
+    """One table holds ops by their sizes: the plans' ops differ in nothing else. Raises InputError."""
+    for plan in plans[1:]:
+        of_first, own = _surroundings(plans[0]), _surroundings(plan)
+        for name, value in own.items():
+            if value != of_first[name]:
+                rule = f"plans of one table have one {name}, and the first, {plans[0].name}, has "
+                shown = f"{plan.name} with {name} {value}"
+                raise InputError("--plan", shown, f"{rule}{of_first[name]}: calibrate by itself")
+
+
+def _surroundings(plan: Plan) -> dict[str, object]:
+    found: dict[str, object] = {name: getattr(plan.model, name) for name in _SURROUNDINGS}
+    heads = plan.model.num_attention_heads // plan.model.kv_heads
+    return {**found, "query heads per key-value head": heads, "optimizer": plan.workload.optimizer}
+
+
+def _precision(plans: Sequence[Plan], device: Literal["cpu", "cuda"]) -> Precision:
+    """The number type of all plans; without any the one in which the device is fast."""
+    usual: Precision = "bf16" if device == "cuda" else "fp32"
+    kinds = list(dict.fromkeys(plan.workload.precision for plan in plans)) or [usual]
     if len(kinds) > 1:
         rule = f"the plans of one calibration compute in one number type, and the first one in {kinds[0]}"
         raise InputError("--plan", kinds[1], rule, [kinds[0]])
@@ -122,11 +162,6 @@ def _precision(plans: Sequence[Plan]) -> Precision:
             "workload.precision", kinds[0], "the native engine does not run it", ["bf16", "fp16", "fp32"]
         )
     return kinds[0]
-
-
-def _require_torch() -> None:
-    if find_spec("torch") is None:
-        raise MeshwrightError("measuring needs torch: pip install 'meshwright[train]'")
 
 
 def _measured(

@@ -10,13 +10,17 @@ from math import prod
 from meshwright.cost.rank import CONTEXT, SLACK
 from meshwright.dryrun.expected import Expected
 from meshwright.dryrun.matching import mismatches, stuck
-from meshwright.ir.observed import Conduct, Observed, Ranges
+from meshwright.ir.observed import Conduct, Observed, Ranges, StageFacts
+from meshwright.ir.program import StageProgram
 from meshwright.units import BYTES
 
 MEMORY_LIMIT = 0.05
 """By which fraction a peak may differ from the memory model."""
 MOST_EVENTS = 4_000_000
 """Events of all ranks together that are run to the end; beyond, groups are compared alone."""
+Passed = tuple[str, tuple[int, ...]]
+"""What stages pass to one another: element type and shape."""
+NOTHING: Passed = ("", ())
 NO_STEP = "no whole step ran to its end"
 
 
@@ -121,7 +125,8 @@ def _wrong_stages(expected: Expected, built: Sequence[Observed]) -> Iterator[str
     tokens = plan.workload.max_sequence_length
     divided = plan.layout.tp if plan.policy.sequence_parallel else 1
     shape = (tokens // divided, plan.policy.micro_batch_size, plan.model.hidden_size)
-    between, last = (plan.workload.precision, shape), plan.layout.num_stages - 1
+    between: Passed = plan.workload.precision, shape
+    last = plan.layout.num_stages - 1
     for seen in built:
         rank = seen.facts.rank
         said = expected.program.stages_of(expected.pp_rank(rank))
@@ -131,15 +136,35 @@ def _wrong_stages(expected: Expected, built: Sequence[Observed]) -> Iterator[str
             if one is None or len(did) != len(said):
                 yield f"rank {rank} holds stages {sorted(did)}, not {[s.index for s in said]}"
                 break
-            if one.layers != stage.layers:
-                yield f"rank {rank}, stage {stage.index}: layers {_run(one.layers)}, not {_run(stage.layers)}"
+            words = _stage_words(one, stage, between, last)
+            if words:
+                yield f"rank {rank}, stage {stage.index}: {words}"
                 break
-            ends = (one.has_embedding, one.has_head) == (stage.has_embedding, stage.has_head)
-            takes = one.takes == (between if stage.index else ("", ()))
-            gives = one.gives == (between if stage.index < last else ("", ()))
-            if not (ends and takes and gives):
-                yield f"rank {rank}, stage {stage.index}: takes {one.takes}, gives {one.gives}, not {between}"
-                break
+
+
+def _stage_words(one: StageFacts, stage: StageProgram, between: Passed, last: int) -> str:
+    """How a stage is built otherwise than the graph says; nothing where it is not."""
+    if one.layers != stage.layers:
+        return f"layers {_run(one.layers)}, not {_run(stage.layers)}"
+    ends = (
+        ("the embedding", one.has_embedding, stage.has_embedding),
+        ("a head", one.has_head, stage.has_head),
+    )
+    for what, did, said in ends:
+        if did != said:
+            return f"has {what}" if did else f"has no {what.split()[-1]}"
+    passed = (
+        ("takes", one.takes, between if stage.index else NOTHING),
+        ("gives", one.gives, between if stage.index < last else NOTHING),
+    )
+    for verb, did_pass, said_pass in passed:
+        if did_pass != said_pass:
+            return f"{verb} {_passed(did_pass)}, not {_passed(said_pass)}"
+    return ""
+
+
+def _passed(what: Passed) -> str:
+    return f"{what[0]} {what[1]}" if what[1] else "nothing"
 
 
 def _run(layers: tuple[int, ...]) -> str:

@@ -6,16 +6,15 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 from meshwright.dryrun.answer import Answer, RankRow
 from meshwright.dryrun.checks import checks_of_all, checks_of_steps
 from meshwright.dryrun.expected import Expected
-from meshwright.errors import InputError, MeshwrightError
+from meshwright.errors import InputError
 from meshwright.ir.observed import Observed
 from meshwright.plan import Plan
 from meshwright.planner.planned import planned
-from meshwright.verify import require_valid
+from meshwright.runnable import TORCH, require_installed, require_runnable
 
 Progress = Callable[[str, int, int], None]
 
@@ -32,10 +31,10 @@ class Asked:
 def answered(asked: Asked, progress: Progress) -> Answer:
     """Run what was asked. Raises InputError and MeshwrightError."""
     plan = planned(asked.file, asked.overrides, "native", progress)
-    _require_native(plan)
-    require_valid(plan)
+    require_runnable(plan)
     chosen = _chosen(asked.ranks, plan)
-    _require_torch()
+    require_installed("a dry run", TORCH)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     return dry_run(plan, chosen, progress)
 
 
@@ -87,12 +86,6 @@ def _counter(what: str, total: int, progress: Progress) -> Callable[[int], None]
     return count
 
 
-def _require_native(plan: Plan) -> None:
-    if plan.policy.engine != "native":
-        rule = "a dry run builds meshwright's own engine, and plans for others"
-        raise InputError("policy.engine", plan.policy.engine, rule, ["native"])
-
-
 def _chosen(text: str, plan: Plan) -> list[int] | None:
     """The ranks that were asked for; None for one of each class."""
     world = plan.layout.world_size
@@ -111,9 +104,3 @@ def _chosen(text: str, plan: Plan) -> list[int] | None:
             raise InputError("--ranks", rank, rule, [world - 1])
         ranks.append(rank)
     return sorted(set(ranks))
-
-
-def _require_torch() -> None:
-    if find_spec("torch") is None:
-        raise MeshwrightError("a dry run needs torch: pip install 'meshwright[train]'")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

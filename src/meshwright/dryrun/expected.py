@@ -16,24 +16,10 @@ from meshwright.ir.observed import Did, Work
 from meshwright.ir.program import Program, lower
 from meshwright.ir.sharding import local_shape, zero_axes, zero_degree
 from meshwright.ir.tasks import ComputeTask
-from meshwright.layout import View
+from meshwright.layout import GROUP_AXES, REPLICA_AXES
 from meshwright.plan import Plan
 from meshwright.workload import RoutingCounts
 
-_AXES: tuple[tuple[str, View], ...] = (
-    ("tp", "dense"),
-    ("dp_cp", "dense"),
-    ("pp", "dense"),
-    ("etp", "expert"),
-    ("ep", "expert"),
-    ("edp", "expert"),
-)
-_REPLICAS: tuple[tuple[str, View], ...] = (
-    ("dp_shard", "dense"),
-    ("dp_replica", "dense"),
-    ("edp_shard", "expert"),
-    ("edp_replica", "expert"),
-)
 _WORK = tuple(field.name for field in fields(Work))
 """Kinds of ops whose FLOPs are counted, by the names that they have in the graph."""
 
@@ -59,7 +45,7 @@ class Expected:
     def groups(self) -> Groups:
         """Every group of ranks that speak to one another, by axis."""
         layout = self.plan.layout
-        axes = _AXES + (_REPLICAS if layout.dp_replicas > 1 else ())
+        axes = GROUP_AXES + (REPLICA_AXES if layout.dp_replicas > 1 else ())
         found: Groups = {
             axis: [tuple(group) for group in layout.groups(axis, view)]
             for axis, view in axes

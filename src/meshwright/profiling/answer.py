@@ -8,15 +8,13 @@ import os
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from meshwright.cluster import LOCAL_GPU
-from meshwright.errors import InputError, MeshwrightError
+from meshwright.errors import InputError
 from meshwright.plan import Plan, write_plan
 from meshwright.planner.interval import interval
 from meshwright.planner.planned import planned
@@ -24,8 +22,8 @@ from meshwright.profiling.joined import Row, joined
 from meshwright.profiling.predicted import Predicted, predicted
 from meshwright.profiling.trace import RankTrace, rank_trace
 from meshwright.profiling.usage import RankUse, rank_use
-from meshwright.runs import Figures, RunRecord, record_of, write_record
-from meshwright.verify import require_valid
+from meshwright.runnable import TRAINING, require_installed, require_runnable
+from meshwright.runs import FILE, Figures, RunRecord, record_of, write_record
 
 Progress = Callable[[str, int, int], None]
 USUAL_STEPS = 10
@@ -115,52 +113,47 @@ class ProfileAnswer:
         }
 
 
-def profile(asked: Asked, progress: Progress) -> ProfileAnswer:
-    """Run a plan's steps and hold them against its prediction. Raises InputError and MeshwrightError."""
+def profile(asked: Asked, progress: Progress) -> ProfileAnswer | None:
+    """Run a plan's steps and hold them against its prediction; None on ranks of torchrun but the first, which
+    answers for all. Raises InputError and MeshwrightError."""
     if not 1 <= asked.steps <= MOST_STEPS:
         raise InputError("--steps", asked.steps, f"between 1 and {MOST_STEPS} steps", [USUAL_STEPS])
     plan = planned(asked.file, asked.overrides, "native", progress)
-    _require_runnable(plan, asked.nproc)
-    _require_extra()
+    _require_ranks(plan, asked.nproc)
+    folder = _free(asked.output)
+    require_installed("profiling", TRAINING)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces itself on stderr otherwise
-    folder = Path(asked.file).resolve().parent
-    with _traces(asked.output) as traces:
-        found = _measured(plan, asked, folder, traces)
+    with tempfile.TemporaryDirectory(prefix="meshwright-") as traces:
+        found = _measured(plan, asked, Path(traces))
+        if os.environ.get("RANK", "0") != "0":
+            return None
         answer = _answer(plan, found)
-        if asked.output is not None:
-            _keep(answer, Path(asked.output))
+        if folder is not None:
+            _keep(answer, Path(traces), folder)
     return answer
 
 
-def _require_runnable(plan: Plan, nproc: int | None) -> None:
-    if plan.policy.engine != "native":
-        rule = "meshwright runs its own engine, and plans for others"
-        raise InputError("policy.engine", plan.policy.engine, rule, ["native"])
+def _free(output: str | None) -> Path | None:
+    """The run's folder, which holds no other run. Raises InputError."""
+    if output is None:
+        return None
+    if not output.strip():
+        raise InputError("--output", output, "a folder", ["runs/first"])
+    folder = Path(output)
+    if (folder / FILE).exists() or (folder / "plan.yaml").exists():
+        raise InputError("--output", output, "the folder of another run, which is kept", [f"{folder}-2"])
+    return folder
+
+
+def _require_ranks(plan: Plan, nproc: int | None) -> None:
     world = plan.layout.world_size
     if nproc is not None and nproc != world:
         raise InputError("--nproc", nproc, f"the plan's layout has {world} ranks", [world])
     if nproc is None and plan.cluster.gpu.name != LOCAL_GPU and "RANK" not in os.environ:
         rule = "the plan is for a cluster: start its ranks with torchrun, or say how many to start here"
         raise InputError("--nproc", "missing", rule, [world])
-    require_valid(plan)
-
-
-def _require_extra() -> None:
-    for name in ("torch", "datasets", "tokenizers"):
-        if find_spec(name) is None:
-            raise MeshwrightError(f"profiling needs {name}: pip install 'meshwright[train]'")
-
-
-@contextmanager
-def _traces(output: str | None) -> Iterator[Path]:
-    """Where traces go: into the run's folder, or away."""
-    if output is not None and not output.strip():
-        raise InputError("--output", output, "a folder", ["runs/first"])
-    with tempfile.TemporaryDirectory(prefix="meshwright-") as folder:
-        yield Path(folder)
-        if output is not None:
-            _move_traces(Path(folder), Path(output) / "traces")
+    require_runnable(plan)
 
 
 def _move_traces(source: Path, target: Path) -> None:
@@ -171,10 +164,11 @@ def _move_traces(source: Path, target: Path) -> None:
             shutil.copyfileobj(plain, packed)
 
 
-def _measured(plan: Plan, asked: Asked, folder: Path, traces: Path) -> Sequence[RankFigures]:
+def _measured(plan: Plan, asked: Asked, traces: Path) -> Sequence[RankFigures]:
     from meshwright.runtime.profile import Session, profile_plan
 
-    return profile_plan(plan, Session(folder, traces, asked.steps, asked.balanced), asked.device)
+    data = Path(asked.file).resolve().parent
+    return profile_plan(plan, Session(data, traces, asked.steps, asked.balanced), asked.device)
 
 
 def _answer(plan: Plan, found: Sequence[RankFigures]) -> ProfileAnswer:
@@ -205,13 +199,14 @@ def _slowest(by_rank: Sequence[Sequence[float]]) -> tuple[float, ...]:
     return tuple(max(times) for times in zip(*by_rank, strict=True))
 
 
-def _keep(answer: ProfileAnswer, folder: Path) -> None:
-    """Plan, measurements and record in the run's folder."""
+def _keep(answer: ProfileAnswer, traces: Path, folder: Path) -> None:
+    """Plan, traces, measurements and record in the run's folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError("--output", str(folder), f"cannot be written: {error.strerror}") from None
     write_plan(answer.plan, folder / "plan.yaml")
+    _move_traces(traces, folder / "traces")
     text = json.dumps(answer.document(), ensure_ascii=False, allow_nan=False, indent=1)
     (folder / "profile.json").write_text(text + "\n", "utf-8")
     write_record(answer.record, folder)

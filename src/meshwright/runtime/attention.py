@@ -32,7 +32,7 @@ class Tokens:
     positions_SB: Tensor
     documents_BS: Tensor | None = None
     _masks: dict[int, Tensor] = field(default_factory=dict, init=False)
-    _rotations: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
+    _rotations: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
     @cached_property
     def has_padding(self) -> bool:
@@ -41,11 +41,12 @@ class Tokens:
 
     def rotation(self, model: Model) -> tuple[Tensor, Tensor]:
         """Cosines and sines of these positions, made once: every layer keeps them for its backward."""
-        if not self._rotations:
+        key = rotated_width(model), model.rope_theta
+        if key not in self._rotations:
             alike = self.positions_SB.stride(1) == 0  # every sequence has the same positions
             places = self.positions_SB[:, :1] if alike else self.positions_SB
-            self._rotations.append(rotation(model, places))
-        return self._rotations[0]
+            self._rotations[key] = rotation(model, places)
+        return self._rotations[key]
 
     def mask(self, window: int | None) -> Tensor | None:
         """[B, 1, S, S], true where a query sees a key; None where plain causality says it all.
@@ -150,12 +151,17 @@ def _qk_norm(setting: Setting, width: int) -> nn.Module | None:
             return DividedNorm(setting, width)
 
 
+def rotated_width(model: Model) -> int:
+    """How many dims of a head turn with the position."""
+    return int(model.qk_head_dim * model.partial_rotary_factor)
+
+
 def rotation(model: Model, positions_SB: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines [S, B, 1, R/2] of rotary positions over R = factor·D dims, in FP32.
 
     Angle i of position p: p·theta^(−2i/R) (Su et al., arXiv:2104.09864 §3.2.2).
     """
-    width = int(model.qk_head_dim * model.partial_rotary_factor)
+    width = rotated_width(model)
     steps = torch.arange(0, width, 2, dtype=torch.float32, device=positions_SB.device)
     angles = positions_SB.float().unsqueeze(-1) * (1.0 / model.rope_theta ** (steps / width))
     return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)

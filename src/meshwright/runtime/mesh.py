@@ -13,26 +13,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshwright.layout import Layout, View
-
-AXES: tuple[tuple[str, View], ...] = (
-    ("tp", "dense"),
-    ("dp_cp", "dense"),
-    ("pp", "dense"),
-    ("etp", "expert"),
-    ("ep", "expert"),
-    ("edp", "expert"),
-)
-"""Axes with a group, in the order in which groups are made, and the view that names them."""
-
-
-REPLICA_AXES: tuple[tuple[str, View], ...] = (
-    ("dp_shard", "dense"),
-    ("dp_replica", "dense"),
-    ("edp_shard", "expert"),
-    ("edp_replica", "expert"),
-)
-"""Axes with a group where ZeRO's groups have replicas."""
+from meshwright.layout import GROUP_AXES, REPLICA_AXES, Layout, View
 
 
 @dataclass(frozen=True)
@@ -79,7 +60,7 @@ class Mesh:
 def build_mesh(layout: Layout, rank: int, device: torch.device, kv_heads: int = 1) -> Mesh:
     """Make this rank's groups. Every rank of the world calls it once, after `init_process_group`."""
     groups: dict[str, ProcessGroup] = {}
-    for axis, view in AXES:
+    for axis, view in GROUP_AXES:
         if layout.size(axis) > 1:
             groups[axis] = _group(layout.group_of(rank, axis, view), axis)
     if layout.tp > kv_heads:

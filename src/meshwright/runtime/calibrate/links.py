@@ -75,7 +75,8 @@ def _call(
         case CollectiveKind.ALL_TO_ALL:
             return lambda: exchange_counts(whole, group)
         case CollectiveKind.SEND_RECV:
-            return lambda: _there_and_back(torch.zeros(elements, device=device), group)
+            message = torch.zeros(elements, device=device)
+            return lambda: _there_and_back(message, group)
 
 
 def _there_and_back(buffer: Tensor, group: ProcessGroup) -> None:

@@ -52,28 +52,20 @@ MATMULS: dict[Any, Formula] = {
     aten.bmm.default: _bmm,
 }
 GROUPED: dict[Any, Formula] = {aten._grouped_mm.default: grouped_mm}
-_FORWARD = {
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-}
-_BACKWARD = {
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
-    aten._scaled_dot_product_flash_attention_backward.default,
-    aten._scaled_dot_product_efficient_attention_backward.default,
-}
+_FORWARD = aten._scaled_dot_product_flash_attention_for_cpu.default
+_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def is_attention(func: Any) -> bool:
     """Whether an op is attention, forward or backward."""
-    return func in _FORWARD or func in _BACKWARD
+    return func in (_FORWARD, _BACKWARD)
 
 
 def attention_shape(func: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, bool] | None:
     """Queries, keys and values of an attention op, and whether it is the backward; None of other ops."""
-    if func in _FORWARD:
+    if func is _FORWARD:
         return args[0], args[1], args[2], False
-    if func in _BACKWARD:
+    if func is _BACKWARD:
         return args[1], args[2], args[3], True
     return None
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from meshwright.ir.observed import Conduct, Observed, StageFacts
 from meshwright.plan import Plan
-from meshwright.runtime.dryrun.recorder import Recorder, element_name
+from meshwright.runtime.calls import element_name
+from meshwright.runtime.dryrun.recorder import Recorder
 from meshwright.runtime.dryrun.rehearse import conduct_of, facts_of, rehearsal, trainer_of
 from meshwright.runtime.dryrun.world import rank_of
 from meshwright.runtime.model import Stage

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from meshwright.ir.graph import CollectiveKind, attention_pairs
 from meshwright.ir.observed import Call, Event, Work
+from meshwright.runtime.calls import call_of
 from meshwright.runtime.dryrun.flops import GROUPED, MATMULS, attention, attention_shape, is_attention
 from meshwright.runtime.dryrun.known import KnownNumbers
 from meshwright.runtime.dryrun.seams import FAKE_OPS
@@ -20,21 +21,6 @@ from meshwright.runtime.dryrun.storages import Storages
 from meshwright.runtime.mesh import Mesh
 
 aten = torch.ops.aten
-
-_KINDS = {
-    "allreduce_": CollectiveKind.ALL_REDUCE,
-    "_allgather_base_": CollectiveKind.ALL_GATHER,
-    "_reduce_scatter_base_": CollectiveKind.REDUCE_SCATTER,
-    "alltoall_base_": CollectiveKind.ALL_TO_ALL,
-    "send": CollectiveKind.SEND_RECV,
-    "recv_": CollectiveKind.SEND_RECV,
-}
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "int64"}
-
-
-def element_name(kind: torch.dtype) -> str:
-    """A type of elements as results name it."""
-    return _NAMES.get(kind, str(kind).removeprefix("torch."))
 
 
 class Recorder(TorchDispatchMode):
@@ -140,23 +126,17 @@ class Recorder(TorchDispatchMode):
     # collectives
 
     def _communicated(self, func: Any, args: Any, kwargs: Any) -> Any:
-        kind, axis, group = self._noted(func, args)
+        call, group = self._noted(func, args)
         out = _sent(func, args, kwargs)
-        self._follow(kind, axis, group, args)
+        self._follow(call.kind, call.axis, group, args)
         return out
 
-    def _noted(self, func: Any, args: Any) -> tuple[CollectiveKind, str, ProcessGroup]:
+    def _noted(self, func: Any, args: Any) -> tuple[Call, ProcessGroup]:
         """What a collective is; it is among the events from now on."""
-        name = func._schema.name.removeprefix("c10d::")
-        kind = _KINDS.get(name)
-        if kind is None:
-            raise AssertionError(f"a dry run knows no collective {name}")
-        boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and _is_group(arg))
-        group = ProcessGroup.unbox(boxed)
-        axis = self.axis_of.get(group.group_name, group.group_name)
+        call, group = call_of(func, args, self.axis_of)
         if not self.paused:
-            self.events.append(_call(kind, name, axis, args))
-        return kind, axis, group
+            self.events.append(call)
+        return call, group
 
     def _follow(self, kind: CollectiveKind, axis: str, group: ProcessGroup, args: Any) -> None:
         """What whole numbers are known after it, and whose storage its result is."""
@@ -182,37 +162,3 @@ def _sent(func: Any, args: Any, kwargs: Any) -> Any:
 
     with _disable_current_modes():
         return func(*tree_map(stand_in, args), **kwargs)
-
-
-def _call(kind: CollectiveKind, name: str, axis: str, args: tuple[Any, ...]) -> Call:
-    match kind:
-        case CollectiveKind.SEND_RECV:
-            (tensor,) = args[0]
-            size = _bytes(tensor)
-            return Call(
-                kind,
-                axis,
-                element_name(tensor.dtype),
-                size,
-                size,
-                peer=args[2],
-                is_receive=name == "recv_",
-            )
-        case CollectiveKind.ALL_REDUCE:
-            (tensor,) = args[0]
-            return Call(kind, axis, element_name(tensor.dtype), _bytes(tensor), _bytes(tensor))
-        case CollectiveKind.ALL_TO_ALL:
-            out, own, _, received, sent = args[:5]
-            rows = tuple(sent), tuple(received)
-            return Call(kind, axis, element_name(own.dtype), _bytes(own), _bytes(out), *rows)
-    out, own = args[0], args[1]
-    most, other = (own, out) if kind is CollectiveKind.REDUCE_SCATTER else (out, own)
-    return Call(kind, axis, element_name(own.dtype), _bytes(most), _bytes(other))
-
-
-def _is_group(arg: torch.ScriptObject) -> bool:
-    return "ProcessGroup" in str(arg._type()) if hasattr(arg, "_type") else False
-
-
-def _bytes(tensor: Tensor) -> int:
-    return int(tensor.numel() * tensor.element_size())

@@ -17,9 +17,10 @@ from meshwright.ir.observed import Conduct, HeldParameter, Observed, RankFacts, 
 from meshwright.plan import Plan
 from meshwright.runtime.attention import Attention
 from meshwright.runtime.buckets import Bucket
+from meshwright.runtime.calls import element_name
 from meshwright.runtime.dryrun.actions import actions_seen
 from meshwright.runtime.dryrun.known import KnownNumbers
-from meshwright.runtime.dryrun.recorder import Recorder, element_name
+from meshwright.runtime.dryrun.recorder import Recorder
 from meshwright.runtime.dryrun.remembered import RememberedResults
 from meshwright.runtime.dryrun.routes import routes_of
 from meshwright.runtime.dryrun.seams import routing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from meshwright.deployment import Training
@@ -97,6 +99,21 @@ def _rank(plan: Plan, mesh: Mesh, stream: DataStream, session: Session) -> None:
     }
     path = session.traces / f"rank{mesh.rank}.profile.json"
     path.write_text(json.dumps(document), "utf-8")
+    if is_under_torchrun():
+        _hand_over(mesh, session.traces)
+
+
+def _hand_over(mesh: Mesh, traces: Path) -> None:
+    """Every rank's files to the first rank, which has a folder of its own, maybe on another node."""
+    group = mesh.group("coordination") or mesh.group("world")
+    if group is None:
+        return
+    own = {path.name: zlib.compress(path.read_bytes(), 1) for path in traces.iterdir()}
+    everyone: list[Any] | None = [None] * mesh.layout.world_size if mesh.rank == 0 else None
+    dist.gather_object(own, everyone, dst=0, group=group)
+    for files in everyone or ():
+        for name, packed in files.items():
+            (traces / name).write_bytes(zlib.decompress(packed))
 
 
 def _stepping(trainer: Trainer, stream: DataStream, rows: range) -> Callable[[], float]:
