@@ -10,9 +10,31 @@ import pytest
 
 from meshwright.__main__ import main
 from meshwright.cluster import LOCAL_GPU, LocalRequest
+from meshwright.deployment import deployment_from
 from meshwright.gpus import gpu_named
 from meshwright.machine import this_machine
-from meshwright.runs import Figures, RunRecord, history_of, runs_in, write_record
+from meshwright.plan import resolve
+from meshwright.runs import (
+    Figures,
+    RunRecord,
+    history_of,
+    journal_lines,
+    keep_training,
+    runs_in,
+    write_record,
+)
+
+SMALL = {
+    "cluster": {"local": 1},
+    "model": {
+        "num_hidden_layers": 1,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+        "intermediate_size": 32,
+    },
+    "workload": {"global_batch_size": 2, "sequence_length": 16, "precision": "fp32"},
+}
 
 
 def record(predicted_s: float, measured_s: float, **parts: Any) -> RunRecord:
@@ -78,22 +100,39 @@ def test_history_is_that_of_the_same_machine_and_the_same_kind_of_price(folder: 
     assert "no run" in history_of([], cluster).words
 
 
+def test_history_of_a_cluster_is_that_of_machines_with_its_gpu(tmp_path: Path) -> None:
+    """A plan for GPUs that processors ran says nothing of GPUs."""
+    gpu = this_machine("NVIDIA H100 80GB HBM3")
+    for name, one in {
+        "gpu": record(1.2, 1.0, gpu="h100-sxm", machine=gpu),
+        "processors": record(9.0, 1.0, gpu="h100-sxm"),
+    }.items():
+        (tmp_path / name).mkdir()
+        write_record(one, tmp_path / name)
+    cluster, _ = LocalRequest(local=2).resolve()
+    there = cluster.model_copy(update={"gpu": gpu_named("h100-sxm")})
+    found = history_of(runs_in(tmp_path), there)
+    assert (found.runs, found.mean_error) == (1, pytest.approx(0.2))
+    other = cluster.model_copy(update={"gpu": gpu_named("h200")})
+    assert history_of(runs_in(tmp_path), other).runs == 0
+
+
+def test_a_resumed_run_counts_its_own_steps_and_no_torn_line(tmp_path: Path) -> None:
+    plan = resolve(deployment_from(SMALL, Path()))
+    lines = [json.dumps({"step_time_s": t, "peak_memory_bytes": 10**6}) for t in (9.0, 9.0, 9.0, 2.0, 2.0)]
+    (tmp_path / "steps.jsonl").write_text("\n".join([*lines, '{"step_ti']), "utf-8")
+    keep_training(plan, tmp_path, None, before=3)
+    (found,) = runs_in(tmp_path)
+    assert (found.record.measured.step_time_s, found.record.steps) == (2.0, 2)
+    assert journal_lines(tmp_path) == 6
+    assert journal_lines(tmp_path / "nowhere") == 0
+
+
 def test_plan_and_simulate_say_how_runs_of_before_were_off(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    document = {
-        "cluster": {"local": 1},
-        "model": {
-            "num_hidden_layers": 1,
-            "hidden_size": 32,
-            "num_attention_heads": 4,
-            "vocab_size": 64,
-            "intermediate_size": 32,
-        },
-        "workload": {"global_batch_size": 2, "sequence_length": 16, "precision": "fp32"},
-    }
     file = tmp_path / "small.json"
-    file.write_text(json.dumps(document), "utf-8")
+    file.write_text(json.dumps(SMALL), "utf-8")
     for command in ("plan", "simulate"):
         assert main([command, str(file), "--history", str(folder), "--json"]) == 0
         history = json.loads(capsys.readouterr().out)["history"]

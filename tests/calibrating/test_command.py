@@ -11,18 +11,31 @@ from typing import Any
 import pytest
 import torch
 from commands import DENSE, MOE, small_deployment
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshwright.__main__ import main
+from meshwright.calibrating.answer import _nproc
 from meshwright.calibrating.shapes import grid
 from meshwright.deployment import deployment_from
 from meshwright.efficiency_table import read_table
 from meshwright.files import to_yaml
+from meshwright.ir.graph import CollectiveKind
 from meshwright.machine import this_machine
 from meshwright.model import Model
 from meshwright.plan import resolve
 from meshwright.runtime.calibrate import Shape, Surroundings
-from meshwright.runtime.calibrate.rounds import LEAST_ROUNDS, REPEATS, clock_of, in_turns, summed_up
+from meshwright.runtime.calibrate.links import timed_collective, usual_work
+from meshwright.runtime.calibrate.rounds import (
+    LEAST_ROUNDS,
+    REPEATS,
+    averaged,
+    clock_of,
+    in_turns,
+    summed_up,
+)
 from meshwright.runtime.calibrate.subjects import subject_of
+from meshwright.runtime.launch import run_local
+from meshwright.runtime.mesh import Mesh
 
 
 def written(document: dict[str, Any], path: Path) -> Path:
@@ -116,12 +129,62 @@ def test_the_median_and_its_spread() -> None:
     assert found.spread == pytest.approx((4.0 - 2.0) / 2 / 3.0)
 
 
+def test_a_mean_without_the_slowest_twentieth() -> None:
+    found = averaged([1.0] * 10 + [2.0] * 9 + [1000.0])
+    assert found.time_s == pytest.approx((10 + 18) / 19)
+    assert found.samples == 20
+
+
+def test_a_collective_is_timed_after_work_which_is_as_much_on_every_rank() -> None:
+    plan = resolve(deployment_from(small_deployment(DENSE, ranks=2, batch=(4, 16)), Path()))
+    seen = torch.zeros(2, dtype=torch.int64).share_memory_()
+
+    def rank(mesh: Mesh) -> None:
+        group = mesh.group("world")
+        assert group is not None
+        order: list[str] = []
+        with FunctionsSeen(order):
+            work = usual_work(group, mesh.device)
+            order.clear()
+            timed_collective(CollectiveKind.ALL_REDUCE, 64, group, mesh.device, work)()
+        assert order.index("allreduce_") > order.index("mm")
+        seen[mesh.rank] = order.count("mm")
+
+    run_local(plan, 2, "cpu", rank)
+    assert seen[0] == seen[1] > 0
+
+
+class FunctionsSeen(TorchDispatchMode):
+    """Names of the ops that run, in order."""
+
+    def __init__(self, order: list[str]) -> None:
+        super().__init__()
+        self.order = order
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.order.append(func._schema.name.partition("::")[2])
+        return func(*args, **(kwargs or {}))
+
+
+def test_as_many_ranks_are_at_work_as_the_plans_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    plans = [
+        resolve(deployment_from(small_deployment(DENSE, ranks=ranks, batch=(8, 16)), Path()))
+        for ranks in (1, 4, 8)
+    ]
+    assert _nproc(None, plans) == 4
+    assert _nproc(None, plans[2:]) == 2
+    assert _nproc(3, plans) == 3
+
+
 BAD = {
     "no time": (("--budget", "1 ms"), "--budget: '1 ms': between 1 s and 1 h"),
     "no unit": (("--budget", "60"), "--budget"),
     "no ranks": (("--nproc", "0"), "--nproc: 0: between 1 and 64 ranks"),
     "no plan": (("--plan", "nowhere.yaml"), "nowhere.yaml"),
     "types that differ": (("--plan", "{}/fp32.yaml", "--plan", "{}/bf16.yaml"), "in one number type"),
+    "ops that differ": (("--plan", "{}/fp32.yaml", "--plan", "{}/sgd.yaml"), "one optimizer, and the first"),
+    "no plan to change": (("--set", "layout.tp=1"), "--set: 'layout.tp=1': changes a plan"),
     "no GPU": (("--plan", "{}/fp32.yaml", "--device", "cuda", "--nproc", "64"), "need a GPU each"),
     "over its plan": (("--plan", "{}/fp32.yaml", "-o", "{}/fp32.yaml"), "would be overwritten"),
 }
@@ -132,6 +195,8 @@ def test_bad_input_is_one_message(name: str, tmp_path: Path, capsys: pytest.Capt
     for precision in ("fp32", "bf16"):
         document = small_deployment(DENSE, workload={"precision": precision})
         written(document, tmp_path / f"{precision}.yaml")
+    sgd = {"precision": "fp32", "optimizer": "sgd"}
+    written(small_deployment(DENSE, workload=sgd), tmp_path / "sgd.yaml")
     flags, words = BAD[name]
     assert main(["calibrate", *(flag.format(tmp_path) for flag in flags)]) == 2
     said = capsys.readouterr()

@@ -31,6 +31,7 @@ from meshwright.planner.times import (
     price_collective,
     price_op,
 )
+from meshwright.runs import runs_in
 from meshwright.simulator.simulate import simulate
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -209,3 +210,15 @@ def test_simulate_says_which_table_priced_it(tmp_path: Path, capsys: pytest.Capt
     assert json.loads(capsys.readouterr().out)["calibration"] == written.digest
     assert main(["simulate", str(file), "--calibration", str(table)]) == 0
     assert "measured on 2026-11-25, abacus" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_scaled_down_plan_is_priced_by_the_table_of_this_machine(tmp_path: Path) -> None:
+    """Its file is for GPUs, which processors do not price."""
+    example = Path(__file__).parents[2] / "examples" / "brief-repaired.yaml"
+    table, output = tmp_path / "here.yaml", tmp_path / "run"
+    written = table_for(resolve(deployment_from(local(), Path())))
+    write_table(written, table)
+    asked = ["train", str(example), "--scale-down", "--nproc", "1", "--steps", "1"]
+    assert main([*asked, "--calibration", str(table), "-o", str(output)]) == 0
+    (kept,) = runs_in(output)
+    assert kept.record.calibration == written.digest

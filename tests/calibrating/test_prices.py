@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tables import linear, table_for
 
-from meshwright.calibrating.answer import coverage
+from meshwright.calibrating.answer import _shapes, coverage
 from meshwright.calibrating.references import FEW, MORE, constants_from, references
+from meshwright.calibrating.shapes import MOST_WORK, of_programs
 from meshwright.cost.measured import MeasuredRates, Surface, measured_rates, op_label
 from meshwright.deployment import deployment_from
 from meshwright.efficiency_table import EfficiencyTable, LinkPoint, OpPoint
@@ -215,3 +217,22 @@ def test_links_of_more_ranks_take_their_own_points() -> None:
     rates = measured_rates(table_for(one, links=links), "fp32", 1)
     found = [float(rates.collective_seconds(CollectiveKind.ALL_GATHER, 1000, ranks)) for ranks in (2, 4)]
     assert found == pytest.approx([2e-4, 4e-4])
+
+
+def test_long_ops_are_timed_on_fewer_rows() -> None:
+    huge = plan(DENSE, batch=(1, 1 << 22))
+    shapes = of_programs([lower(huge)], "cpu")
+    matmuls = [sizes for op, _, sizes in shapes if op == "matmul"]
+    asked = {task.sizes for task in tasks_of(huge) if task.kind.value == "matmul"}
+    assert max(2 * prod(sizes) for sizes in asked) > MOST_WORK["cpu"]
+    assert max(2 * prod(sizes) for sizes in matmuls) <= MOST_WORK["cpu"]
+    assert {sizes[1:] for sizes in matmuls} == {sizes[1:] for sizes in asked}
+    assert len(set(shapes)) == len(shapes)
+
+
+def test_ranks_at_work_measure_the_ops_of_plans_of_as_many() -> None:
+    one, two = plan(DENSE), plan(DENSE, ranks=2, batch=(4, 48))
+    asked = references(one, "fp32")
+    by_ranks = [set(_shapes([one, two], asked, ranks, "cpu")) for ranks in (1, 2, 3)]
+    assert by_ranks[0] != by_ranks[1]
+    assert by_ranks[2] == by_ranks[0] | by_ranks[1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,29 @@ def test_predicted_modules_add_up_to_the_compute_of_the_step(text: Path) -> None
     assert module_of("layers.3.moe.route", names) == "layers.*.moe"
     assert module_of("layers.3.mlp_residual", names) == "layers.*"
     assert module_of("loss", names) == "rest of the stage"
+
+
+def test_the_first_of_torchruns_ranks_answers_for_all(text: Path, tmp_path: Path) -> None:
+    document = {**small_deployment(MOE, ranks=2, ep=2, batch=(4, 16)), "training": {"data": str(text)}}
+    file, output = tmp_path / "small.yaml", tmp_path / "run"
+    file.write_text(to_yaml(document), "utf-8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    asked = ["profile", str(file), "--steps", "2", "--json", "-o", str(output)]
+    command = [*launcher, "-m", "meshwright", *asked]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert [rank["rank"] for rank in found["ranks"]] == [0, 1]
+    assert len(found["memory_bytes"]["measured"]) == 2
+    traces = {path.name for path in (output / "traces").iterdir()}
+    assert traces == {"rank0.trace.json.gz", "rank1.trace.json.gz"}
+
+
+def test_a_run_that_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("mine", "utf-8")
+    assert run(small_deployment(DENSE), tmp_path, "-o", str(tmp_path)) == 2
+    assert "the folder of another run, which is kept" in capsys.readouterr().err
+    assert (tmp_path / "run.yaml").read_text("utf-8") == "mine"
 
 
 BAD = {
