@@ -95,24 +95,31 @@ def profile(
     balanced: Annotated[
         bool, typer.Option("--balanced", help="Spread tokens evenly over experts, not by the router.")
     ] = False,
+    rank: Annotated[
+        int | None, typer.Option(metavar="R", help="Compute that rank's share alone: no others are started.")
+    ] = None,
     as_json: Json = False,
     overrides: Overrides = None,
 ) -> None:
     """Run a plan's steps: where time goes, beside what was predicted."""
-    from meshwright.profiling import Asked
+    from meshwright.profiling import Asked, ShareAnswer
     from meshwright.profiling import profile as run_profile
     from meshwright.terminal.progress import progress_bar
 
-    asked = Asked(file, with_calibration(overrides, calibration), steps, nproc, output, device, balanced)
+    changes = with_calibration(overrides, calibration)
+    asked = Asked(file, changes, steps, nproc, output, device, balanced, rank)
     with progress_bar() as progress:
         answer = run_profile(asked, progress)
     if answer is None:  # under torchrun one rank speaks
         return
 
     def show(console: Console) -> None:
-        from meshwright.terminal.profile import show_profile
+        from meshwright.terminal.profile import show_profile, show_share
 
-        show_profile(answer, console)
+        if isinstance(answer, ShareAnswer):
+            show_share(answer, console)
+        else:
+            show_profile(answer, console)
 
     present(answer.document, show, as_json, None)
 

@@ -15,11 +15,13 @@ from typing import Any, Literal, Protocol
 
 from meshwright.cluster import LOCAL_GPU
 from meshwright.errors import InputError
+from meshwright.machine import this_machine
 from meshwright.plan import Plan, write_plan
 from meshwright.planner.interval import interval
 from meshwright.planner.planned import planned
 from meshwright.profiling.joined import Row, joined
 from meshwright.profiling.predicted import Predicted, predicted
+from meshwright.profiling.share import ShareAnswer, require_rank, share_of
 from meshwright.profiling.trace import RankTrace, rank_trace
 from meshwright.profiling.usage import RankUse, rank_use
 from meshwright.runnable import TRAINING, require_installed, require_runnable
@@ -41,6 +43,7 @@ class Asked:
     output: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     balanced: bool = False
+    rank: int | None = None
 
 
 class RankFigures(Protocol):
@@ -59,6 +62,8 @@ class RankFigures(Protocol):
     def gpu(self) -> str | None: ...
     @property
     def trace(self) -> Path: ...
+    @property
+    def answered_s(self) -> tuple[float, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -113,13 +118,17 @@ class ProfileAnswer:
         }
 
 
-def profile(asked: Asked, progress: Progress) -> ProfileAnswer | None:
-    """Run a plan's steps and hold them against its prediction; None on ranks of torchrun but the first, which
-    answers for all. Raises InputError and MeshwrightError."""
+def profile(asked: Asked, progress: Progress) -> ProfileAnswer | ShareAnswer | None:
+    """Run a plan's steps, or one rank's share of them, and hold them against the prediction; None on ranks of
+    torchrun but the first, which answers for all. Raises InputError and MeshwrightError."""
     if not 1 <= asked.steps <= MOST_STEPS:
         raise InputError("--steps", asked.steps, f"between 1 and {MOST_STEPS} steps", [USUAL_STEPS])
     plan = planned(asked.file, asked.overrides, "native", progress)
-    _require_ranks(plan, asked.nproc)
+    require_runnable(plan)
+    if asked.rank is None:
+        _require_ranks(plan, asked.nproc)
+    else:
+        require_rank(plan, asked.rank, asked.nproc)
     folder = _free(asked.output)
     require_installed("profiling", TRAINING)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -128,7 +137,7 @@ def profile(asked: Asked, progress: Progress) -> ProfileAnswer | None:
         found = _measured(plan, asked, Path(traces))
         if os.environ.get("RANK", "0") != "0":
             return None
-        answer = _answer(plan, found)
+        answer = _answer(plan, found) if asked.rank is None else _share(plan, asked.rank, found[0])
         if folder is not None:
             _keep(answer, Path(traces), folder)
     return answer
@@ -153,7 +162,6 @@ def _require_ranks(plan: Plan, nproc: int | None) -> None:
     if nproc is None and plan.cluster.gpu.name != LOCAL_GPU and "RANK" not in os.environ:
         rule = "the plan is for a cluster: start its ranks with torchrun, or say how many to start here"
         raise InputError("--nproc", "missing", rule, [world])
-    require_runnable(plan)
 
 
 def _move_traces(source: Path, target: Path) -> None:
@@ -168,7 +176,14 @@ def _measured(plan: Plan, asked: Asked, traces: Path) -> Sequence[RankFigures]:
     from meshwright.runtime.profile import Session, profile_plan
 
     data = Path(asked.file).resolve().parent
-    return profile_plan(plan, Session(data, traces, asked.steps, asked.balanced), asked.device)
+    evenly = asked.balanced or asked.rank is not None  # what other ranks send follows from even routing
+    return profile_plan(plan, Session(data, traces, asked.steps, evenly, asked.rank), asked.device)
+
+
+def _share(plan: Plan, rank: int, found: RankFigures) -> ShareAnswer:
+    trace = rank_trace(rank, json.loads(found.trace.read_text("utf-8"))["traceEvents"])
+    times = found.step_s, found.answered_s
+    return share_of(plan, rank, this_machine(found.gpu), times, found.peak_bytes, trace)
 
 
 def _answer(plan: Plan, found: Sequence[RankFigures]) -> ProfileAnswer:
@@ -199,8 +214,8 @@ def _slowest(by_rank: Sequence[Sequence[float]]) -> tuple[float, ...]:
     return tuple(max(times) for times in zip(*by_rank, strict=True))
 
 
-def _keep(answer: ProfileAnswer, traces: Path, folder: Path) -> None:
-    """Plan, traces, measurements and record in the run's folder."""
+def _keep(answer: ProfileAnswer | ShareAnswer, traces: Path, folder: Path) -> None:
+    """Plan, traces and measurements in the run's folder, and the record of a whole run."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -209,4 +224,5 @@ def _keep(answer: ProfileAnswer, traces: Path, folder: Path) -> None:
     _move_traces(traces, folder / "traces")
     text = json.dumps(answer.document(), ensure_ascii=False, allow_nan=False, indent=1)
     (folder / "profile.json").write_text(text + "\n", "utf-8")
-    write_record(answer.record, folder)
+    if isinstance(answer, ProfileAnswer):
+        write_record(answer.record, folder)

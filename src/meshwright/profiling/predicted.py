@@ -14,11 +14,14 @@ from meshwright.plan import Plan
 from meshwright.planner.estimate import Measured, measure_program
 from meshwright.planner.prices import Conditions, Prices, prices
 from meshwright.planner.times import (
+    AXES,
     KERNELS,
     Running,
     axis_groups,
+    block_times,
     compute_in_step,
     launch_wait_s,
+    outside,
     price_collective,
     price_op,
 )
@@ -48,6 +51,23 @@ class Predicted:
     def idle_s(self) -> float:
         """Seconds that a rank waits, the mean over ranks."""
         return sum(use.idle_s for use in self.step.ranks) / len(self.step.ranks)
+
+
+def computed_s(plan: Plan, pp_rank: int) -> float:
+    """Seconds in which a pipeline rank computes in a step, if nobody keeps it waiting: ops, launches that
+    the device waits for, the update, and a step's own time."""
+    program = lower(plan)
+    priced = prices(plan.cluster, plan.workload.precision, plan.policy.engine)
+    measured = measure_program(program, priced, Conditions(), plan.workload.max_sequence_length)
+    total = priced.step_s + float(priced.update * measured.optimizer_s[pp_rank])
+    silent = dict.fromkeys([*AXES, *map(outside, AXES), "proxied"], 0.0)
+    for kind, kernels in enumerate(measured.kinds):
+        count = sum(measured.counts[stage, kind] for stage in measured.ranks[pp_rank])
+        without = {phase: {**parts, **silent} for phase, parts in kernels.items()}
+        times = block_times(without, priced, measured.running)
+        seconds = sum(float(parts["compute"] + parts["host"]) for parts in times.values())
+        total += float(count) * plan.num_micro_batches * seconds
+    return total
 
 
 def predicted(plan: Plan, modules: Iterable[str]) -> Predicted:

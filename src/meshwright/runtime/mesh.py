@@ -67,7 +67,7 @@ def build_mesh(layout: Layout, rank: int, device: torch.device, kv_heads: int = 
         groups["kv_copies"] = _kv_copies(layout, rank, kv_heads)
     if layout.world_size > 1:
         groups["world"] = _group(list(range(layout.world_size)), "world")
-        if device.type == "cuda":
+        if device.type == "cuda" and dist.get_backend() == "nccl":
             groups["coordination"] = dist.new_group(backend="gloo", group_desc="coordination")
     if layout.dp_replicas > 1:
         for axis, view in REPLICA_AXES:

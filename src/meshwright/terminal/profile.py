@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
+
 from rich.console import Console
 from rich.text import Text
 
-from meshwright.profiling import ProfileAnswer
+from meshwright.profiling import ProfileAnswer, ShareAnswer
 from meshwright.terminal import printable
 from meshwright.terminal.wording import figures_table, short_layout, short_policy
 from meshwright.units import BYTES, SECONDS
@@ -26,6 +28,30 @@ def show_profile(answer: ProfileAnswer, console: Console) -> None:
     _show_rows(answer, console)
 
 
+def show_share(answer: ShareAnswer, console: Console) -> None:
+    """Print what one rank computes, beside what was predicted."""
+    plan = answer.plan
+    title = f"{printable(plan.name)}: {short_layout(plan)}  {short_policy(plan)}, rank {answer.rank} alone"
+    console.print(Text(title, style="bold"))
+    console.print(printable(answer.machine.words))
+    console.print()
+    rows = figures_table("", "measured", "predicted", "predicted / measured")
+    pair = SECONDS.format(answer.median_s), SECONDS.format(answer.predicted_s)
+    rows.add_row("computed in a step", *pair, f"{1 + answer.off:.2f}")
+    peak, model = answer.peak_bytes, answer.predicted_bytes
+    rows.add_row("tensors at the peak", BYTES.format(peak), BYTES.format(model), f"{model / peak:.2f}")
+    console.print(rows)
+    answered = SECONDS.format(statistics.median(answer.answered_s))
+    console.print(
+        f"median of {len(answer.computed_s)} steps, without {answered} in which collectives were answered on "
+        f"the spot; tokens are spread evenly. Prices: {_priced(plan.cluster.calibration is not None)}."
+    )
+
+
+def _priced(calibrated: bool) -> str:
+    return "the machine's calibration" if calibrated else "assumed rates: calibrate first"
+
+
 def _show_step(answer: ProfileAnswer, console: Console) -> None:
     measured, expected = answer.step_time_s, answer.predicted.step.step_time_s
     peak, model = max(answer.peak_bytes), max(answer.predicted.tensor_bytes)
@@ -33,7 +59,7 @@ def _show_step(answer: ProfileAnswer, console: Console) -> None:
     rows.add_row("step", SECONDS.format(measured), SECONDS.format(expected), f"{expected / measured:.2f}")
     rows.add_row("tensors at the peak", BYTES.format(peak), BYTES.format(model), f"{model / peak:.2f}")
     console.print(rows)
-    priced = "the machine's calibration" if answer.record.calibration else "assumed rates: calibrate first"
+    priced = _priced(answer.record.calibration is not None)
     console.print(
         f"median of {len(answer.step_s)} steps without the profiler; {len(answer.profiled_s)} more under it "
         f"show where time goes. Prices: {priced}."

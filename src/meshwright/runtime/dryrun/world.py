@@ -32,9 +32,10 @@ class RealNumbersMesh(Mesh):
 
 
 @contextmanager
-def rank_of(plan: Plan, rank: int) -> Iterator[Mesh]:
-    """This process as a rank of a plan's world, with the groups that training would make."""
-    device = torch.device("cpu")
+def rank_of(plan: Plan, rank: int, device: torch.device | None = None) -> Iterator[Mesh]:
+    """This process as a rank of a plan's world, with the groups that training would make; on a processor
+    unless a device is given."""
+    device = device or torch.device("cpu")
     if plan.layout.world_size == 1:
         yield single_process(device)
         return

@@ -18,8 +18,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from meshwright.deployment import Training
 from meshwright.plan import Plan
 from meshwright.runtime.data import DataStream, open_stream
-from meshwright.runtime.launch import DeviceKind, is_under_torchrun, run_joined, run_local
+from meshwright.runtime.launch import DeviceKind, is_under_torchrun, run_alone, run_joined, run_local
 from meshwright.runtime.mesh import Mesh
+from meshwright.runtime.profile.alone import alone
 from meshwright.runtime.profile.labels import labelled_collectives, labelled_method, labelled_modules
 from meshwright.runtime.profile.living import Living
 from meshwright.runtime.step import Trainer, inputs_of, rows_of_rank
@@ -32,18 +33,21 @@ MOST_PROFILED = 5
 @dataclass(frozen=True)
 class Session:
     """How a profile goes. `folder`: where data are looked up; `traces`: where each rank leaves its trace;
-    `steps`: how many are timed; `routes_evenly`: balanced choices in the place of the router's."""
+    `steps`: how many are timed; `routes_evenly`: balanced choices in the place of the router's; `alone`: the
+    one rank that runs, in this process, without the others."""
 
     folder: Path
     traces: Path
     steps: int
     routes_evenly: bool = False
+    alone: int | None = None
 
 
 @dataclass(frozen=True)
 class Profiled:
     """What one rank measured. `step_s`: seconds of each step without the profiler; `trace`: its file;
-    `peak_bytes`: of living tensors, or of what a GPU's allocator gave."""
+    `peak_bytes`: of living tensors, or of what a GPU's allocator gave; `answered_s`: of a rank alone, what
+    the answers to its collectives took of each step."""
 
     rank: int
     step_s: tuple[float, ...]
@@ -51,6 +55,7 @@ class Profiled:
     peak_bytes: int
     gpu: str | None
     trace: Path
+    answered_s: tuple[float, ...] = ()
 
 
 def profile_plan(plan: Plan, session: Session, device: DeviceKind) -> list[Profiled]:
@@ -61,7 +66,9 @@ def profile_plan(plan: Plan, session: Session, device: DeviceKind) -> list[Profi
     def work(mesh: Mesh) -> None:
         _rank(plan, mesh, stream, session)
 
-    if is_under_torchrun():
+    if session.alone is not None:
+        run_alone(plan, device, lambda on: _alone(plan, session.alone or 0, on, stream, session))
+    elif is_under_torchrun():
         run_joined(plan, device, work)
     else:
         run_local(plan, plan.layout.world_size, device, work)
@@ -72,10 +79,22 @@ def _read(path: Path) -> Profiled:
     found = json.loads(path.read_text("utf-8"))
     trace = path.with_name(found["trace"])
     times = (tuple(found["step_s"]), tuple(found["profiled_s"]))
-    return Profiled(found["rank"], *times, found["peak_bytes"], found["gpu"], trace)
+    answered = tuple(found["answered_s"])
+    return Profiled(found["rank"], *times, found["peak_bytes"], found["gpu"], trace, answered)
 
 
-def _rank(plan: Plan, mesh: Mesh, stream: DataStream, session: Session) -> None:
+def _alone(plan: Plan, rank: int, device: torch.device, stream: DataStream, session: Session) -> None:
+    with alone(plan, rank, device) as answering:
+        _rank(plan, answering.mesh, stream, session, answering.taken)
+
+
+def _rank(
+    plan: Plan,
+    mesh: Mesh,
+    stream: DataStream,
+    session: Session,
+    answering: Callable[[], float] | None = None,
+) -> None:
     rows = rows_of_rank(plan, mesh)
     with ExitStack() as stack:
         living = None if mesh.device.type == "cuda" else stack.enter_context(Living())
@@ -86,7 +105,13 @@ def _rank(plan: Plan, mesh: Mesh, stream: DataStream, session: Session) -> None:
         peak = _peak(step, living, mesh)
     for _ in range(WARMING):
         step()
-    seconds = [step() for _ in range(session.steps)]
+    seconds, answered = [], []
+    for _ in range(session.steps):
+        if answering is not None:
+            answering()
+        seconds.append(step())
+        if answering is not None:
+            answered.append(answering())
     trace = session.traces / f"rank{mesh.rank}.trace.json"
     profiled = _profiled(trainer, step, min(session.steps, MOST_PROFILED), trace)
     document: dict[str, Any] = {
@@ -96,10 +121,11 @@ def _rank(plan: Plan, mesh: Mesh, stream: DataStream, session: Session) -> None:
         "peak_bytes": peak,
         "gpu": torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else None,
         "trace": trace.name,
+        "answered_s": answered,
     }
     path = session.traces / f"rank{mesh.rank}.profile.json"
     path.write_text(json.dumps(document), "utf-8")
-    if is_under_torchrun():
+    if is_under_torchrun() and session.alone is None:
         _hand_over(mesh, session.traces)
 
 
