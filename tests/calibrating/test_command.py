@@ -92,7 +92,13 @@ MODEL = resolve(deployment_from(small_deployment(MOE), Path())).model
 GATED = resolve(deployment_from(small_deployment({**MOE, "num_key_value_heads": 2}), Path())).model
 
 
-@pytest.mark.parametrize("model", [MODEL, GATED], ids=["heads of their own", "shared heads"])
+WIDE = resolve(deployment_from(small_deployment({**MOE, "head_dim": 64}), Path())).model
+"""Its heads are wider than the ops below, as those of a plan are than the ops of a small reference."""
+
+
+@pytest.mark.parametrize(
+    "model", [MODEL, GATED, WIDE], ids=["heads of their own", "shared heads", "wide heads"]
+)
 def test_every_op_of_the_grid_runs_in_its_phases(model: Model) -> None:
     here = Surroundings(model, torch.float32, torch.device("cpu"))
     small = {(op, phase): tuple(min(size, 16) for size in sizes) for op, phase, sizes in grid("cpu")}

@@ -38,15 +38,22 @@ class Row:
 
 def joined(predicted: Predicted, traces: Sequence[RankTrace], ranks_of_stage: int) -> list[Row]:
     """All rows, those that disagree most first."""
-    ops, comm = measured_ops(traces, ranks_of_stage), measured_comm(traces, ranks_of_stage)
-    rows = [
-        Row(name, part, *_pair(predicted.ops, ops, (name, part))) for name, part in {**predicted.ops, **ops}
-    ]
+    comm = measured_comm(traces, ranks_of_stage)
+    rows = ops_joined(predicted.ops, traces, ranks_of_stage)
     keys = {**predicted.comm, **comm}
     rows += [
         Row(f"{kind} over {axis}", "communication", *_pair(predicted.comm, comm, (axis, kind)))
         for axis, kind in keys
     ]
+    return sorted(rows, key=lambda row: (-row.apart_s, row.what, row.part))
+
+
+def ops_joined(
+    predicted: Mapping[OpKey, float], traces: Sequence[RankTrace], ranks_of_stage: int
+) -> list[Row]:
+    """The rows of modules, those that disagree most first."""
+    ops = measured_ops(traces, ranks_of_stage)
+    rows = [Row(name, part, *_pair(predicted, ops, (name, part))) for name, part in {**predicted, **ops}]
     return sorted(rows, key=lambda row: (-row.apart_s, row.what, row.part))
 
 

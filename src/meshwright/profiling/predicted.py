@@ -70,6 +70,14 @@ def computed_s(plan: Plan, pp_rank: int) -> float:
     return total
 
 
+def ops_of_rank(plan: Plan, pp_rank: int, modules: Iterable[str]) -> dict[OpKey, float]:
+    """Seconds of one pipeline rank's step by module and direction."""
+    program = lower(plan)
+    priced = prices(plan.cluster, plan.workload.precision, plan.policy.engine)
+    measured = measure_program(program, priced, Conditions(), plan.workload.max_sequence_length)
+    return _ops(program, priced, measured, frozenset(modules), (pp_rank,))
+
+
 def predicted(plan: Plan, modules: Iterable[str]) -> Predicted:
     """The step of a plan; ops go to the deepest of the modules that are named."""
     program = lower(plan)
@@ -79,16 +87,23 @@ def predicted(plan: Plan, modules: Iterable[str]) -> Predicted:
     names = frozenset(modules)
     return Predicted(
         simulate(program),
-        _ops(program, priced, measured, names),
+        _ops(program, priced, measured, names, range(plan.layout.pp)),
         _comm(program, priced, measured.running),
         tuple(rank.allocated_bytes for rank in memory(program)),
     )
 
 
-def _ops(program: Program, priced: Prices, measured: Measured, modules: frozenset[str]) -> dict[OpKey, float]:
-    count = program.plan.num_micro_batches
+def _ops(
+    program: Program,
+    priced: Prices,
+    measured: Measured,
+    modules: frozenset[str],
+    pp_ranks: Iterable[int],
+) -> dict[OpKey, float]:
+    """Seconds by module and direction of all stages that these pipeline ranks hold."""
+    count, own = program.plan.num_micro_batches, list(pp_ranks)
     seconds: defaultdict[OpKey, float] = defaultdict(float)
-    for stage in program.stages:
+    for stage in (stage for rank in own for stage in program.stages_of(rank)):
         for block in stage.blocks:
             has_experts = any(".moe." in task.name for task in block.tasks)
             launch_s = _launch_s(has_experts, priced, measured.running)
@@ -96,7 +111,7 @@ def _ops(program: Program, priced: Prices, measured: Measured, modules: frozense
                 if isinstance(task, ComputeTask):
                     key = (module_of(task.name, modules), _direction(task.phase))
                     seconds[key] += count * (_op_s(task, priced, measured.running) + launch_s)
-    update = sum(float(priced.update * one) for one in measured.optimizer_s)
+    update = sum(float(priced.update * measured.optimizer_s[rank]) for rank in own)
     seconds[OPTIMIZER, "forward"] += update
     return dict(seconds)
 

@@ -15,7 +15,8 @@ from meshwright.errors import InputError
 from meshwright.ir.program import lower
 from meshwright.machine import Machine
 from meshwright.plan import Plan
-from meshwright.profiling.predicted import computed_s
+from meshwright.profiling.joined import Row, ops_joined
+from meshwright.profiling.predicted import computed_s, ops_of_rank
 from meshwright.profiling.trace import RankTrace
 from meshwright.profiling.usage import RankUse, rank_use
 
@@ -35,6 +36,7 @@ class ShareAnswer:
     peak_bytes: int
     predicted_bytes: int
     use: RankUse
+    rows: tuple[Row, ...]
 
     @property
     def median_s(self) -> float:
@@ -61,6 +63,7 @@ class ShareAnswer:
             "predicted_computed_s": self.predicted_s,
             "memory_bytes": {"measured": self.peak_bytes, "predicted": self.predicted_bytes},
             "profiled": self.use.document(),
+            "disagreements": [row.document() for row in self.rows],
         }
 
 
@@ -98,6 +101,8 @@ def share_of(
     """The answer from what was measured: `times` are seconds of whole steps, and of answers in them."""
     steps, answered = times
     pp_rank = rank // (plan.layout.world_size // plan.layout.pp)
+    priced_plan = alone_on(plan)
+    modules = {*trace.forward, *trace.backward}
     return ShareAnswer(
         plan,
         rank,
@@ -105,8 +110,9 @@ def share_of(
         machine,
         tuple(whole - own for whole, own in zip(steps, answered, strict=True)),
         answered,
-        computed_s(alone_on(plan), pp_rank),
+        computed_s(priced_plan, pp_rank),
         peak_bytes,
         memory(lower(plan))[pp_rank].allocated_bytes,
         rank_use(trace),
+        tuple(ops_joined(ops_of_rank(priced_plan, pp_rank, modules), [trace], 1)),
     )

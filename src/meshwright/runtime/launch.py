@@ -111,12 +111,9 @@ def run_local(plan: Plan, num_ranks: int, device: DeviceKind, work: Work) -> Non
         _Ranks(plan, num_ranks, kind, meeting, work).run()
 
 
-def run_alone(plan: Plan, device: DeviceKind, work: Callable[[torch.device], None]) -> None:
-    """Do one rank's work in this process, with as many threads as a rank among others has."""
-    kind = device_kind(device, 1)
-    if kind == "cpu":
-        torch.set_num_threads(_num_threads())
-    work(_device(kind, 0))
+def run_alone(device: DeviceKind, work: Callable[[torch.device], None]) -> None:
+    """Do one rank's work in this process, as that of a plan of one rank is done."""
+    work(_device(device_kind(device, 1), 0))
 
 
 def _device(kind: str, local: int) -> torch.device:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
 
 from meshwright.profiling import ProfileAnswer, ShareAnswer
+from meshwright.profiling.joined import Row
 from meshwright.terminal import printable
 from meshwright.terminal.wording import figures_table, short_layout, short_policy
 from meshwright.units import BYTES, SECONDS
@@ -25,7 +27,7 @@ def show_profile(answer: ProfileAnswer, console: Console) -> None:
     _show_step(answer, console)
     _show_ranks(answer, console)
     _show_axes(answer, console)
-    _show_rows(answer, console)
+    _show_rows(answer.rows, console)
 
 
 def show_share(answer: ShareAnswer, console: Console) -> None:
@@ -46,6 +48,7 @@ def show_share(answer: ShareAnswer, console: Console) -> None:
         f"median of {len(answer.computed_s)} steps, without {answered} in which collectives were answered on "
         f"the spot; tokens are spread evenly. Prices: {_priced(plan.cluster.calibration is not None)}."
     )
+    _show_rows(answer.rows, console)
 
 
 def _priced(calibrated: bool) -> str:
@@ -95,12 +98,12 @@ def _show_axes(answer: ProfileAnswer, console: Console) -> None:
     console.print(rows)
 
 
-def _show_rows(answer: ProfileAnswer, console: Console) -> None:
+def _show_rows(all_rows: Sequence[Row], console: Console) -> None:
     console.print()
     rows = figures_table("what", "part", "measured", "predicted", "apart")
-    for row in answer.rows[:MOST_ROWS]:
+    for row in all_rows[:MOST_ROWS]:
         both = [SECONDS.format(s) if s is not None else "–" for s in (row.measured_s, row.predicted_s)]
         rows.add_row(printable(row.what), row.part, *both, SECONDS.format(row.apart_s))
     console.print(rows)
-    if len(answer.rows) > MOST_ROWS:
-        console.print(f"and {len(answer.rows) - MOST_ROWS} more that disagree less")
+    if len(all_rows) > MOST_ROWS:
+        console.print(f"and {len(all_rows) - MOST_ROWS} more that disagree less")

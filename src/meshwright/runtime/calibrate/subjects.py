@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meshwright.model import Model
-from meshwright.runtime.attention import rotate, rotation
+from meshwright.runtime.attention import rotate
 from meshwright.runtime.dispatch import by_expert_order, owners_of_rows
 from meshwright.runtime.layers import activate, rms_norm
 from meshwright.runtime.permute import copies_in_order, grouped_matmul, reordered, restored, weighted_sum
@@ -161,11 +161,12 @@ def _residual(here: Surroundings, tokens: int, width: int) -> Subject:
 
 
 def _rope(here: Surroundings, tokens: int, width: int) -> Subject:
-    """Turning queries or keys; a stage makes the angles once for all of its layers."""
+    """Turning queries or keys, in one head where the width is not that of the model's; a stage makes the
+    angles once for all of its layers."""
     dim = here.model.qk_head_dim if width % here.model.qk_head_dim == 0 else width
     x = here.tensor(tokens, 1, width // dim, dim)
-    places = torch.arange(tokens, device=here.device).unsqueeze(1)
-    cos, sin = rotation(here.model, places)
+    pairs = max(int(dim * here.model.partial_rotary_factor) // 2, 1)
+    cos, sin = (torch.rand(tokens, 1, 1, pairs, device=here.device) for _ in range(2))
     return Subject(lambda: rotate(x, cos, sin), [x])
 
 

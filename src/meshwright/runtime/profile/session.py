@@ -67,7 +67,7 @@ def profile_plan(plan: Plan, session: Session, device: DeviceKind) -> list[Profi
         _rank(plan, mesh, stream, session)
 
     if session.alone is not None:
-        run_alone(plan, device, lambda on: _alone(plan, session.alone or 0, on, stream, session))
+        run_alone(device, lambda on: _alone(plan, session.alone or 0, on, stream, session))
     elif is_under_torchrun():
         run_joined(plan, device, work)
     else:
