@@ -1,4 +1,4 @@
-"""Time: a simulated timeline and a profiled one are joined by the names of ops, in the order of their running.
+"""Time: a simulated timeline and a profiled one are joined by names of ops, in the order in which they run.
 
 Here: in a profiled step every module that multiplies is the graph's, took time forward and backward, and
 comes when the graph says; an op of another name or none is found. How far times are apart is no test:
