@@ -62,6 +62,8 @@ def idle(flows: list[Flow], now_s: float, until_s: float) -> list[tuple[float, i
 
 def arrivals(flows: Sequence[Flow], now_s: float) -> list[tuple[float, int]]:
     """When flows will arrive if their rank does nothing."""
+    if len(flows) == 1:
+        return [(now_s + flows[0].left_s, flows[0].key)]
     return idle([Flow(flow.left_s, flow.tier, flow.key) for flow in flows], now_s, float("inf"))
 
 
@@ -110,16 +112,18 @@ def _beside(
     ended: list[tuple[float, int]] | None = None,
 ) -> float:
     """Compute for some seconds, or idle, while flows and hidden transfers move."""
+    if len(flows) == 1 and not own and flows[0].left_s - seconds > _DONE:  # the usual case, at once
+        flows[0].left_s -= seconds
+        return now + seconds
     while flows or own:
-        moving = [*flows, *own]
+        moving = [*flows, *own] if own else flows
         count = _by_tier(moving)
-        step = min(flow.left_s * count[flow.tier] for flow in moving)
-        step = min(step, seconds)
-        for flow in moving:
-            flow.left_s -= step / count[flow.tier]
+        step = _first_through(moving, count, seconds)
+        some_done = _move(moving, count, step)
         now, seconds = now + step, seconds - step
-        _drop_done(flows, now, arrived)
-        _drop_done(own, now, ended if ended is not None else [])
+        if some_done:
+            _drop_done(flows, now, arrived)
+            _drop_done(own, now, ended if ended is not None else [])
         if seconds <= 0:
             return now
     return now + seconds if seconds != float("inf") else now
@@ -129,17 +133,38 @@ def _transfer(
     left: float, tier: int, flows: list[Flow], now: float, arrived: list[tuple[float, int]]
 ) -> float:
     """Wait for a transfer of the rank's own, which flows on its tier slow down."""
+    if len(flows) == 1 and _DONE < left < flows[0].left_s - _DONE:  # the usual case, at once
+        flows[0].left_s -= left
+        return now + (2 * left if flows[0].tier == tier else left)
     while flows and left > _DONE:
         count = _by_tier(flows)
         mine = count.get(tier, 0) + 1
         count[tier] = mine
-        step = min(left * mine, min(flow.left_s * count[flow.tier] for flow in flows))
+        step = _first_through(flows, count, left * mine)
         left -= step / mine
-        for flow in flows:
-            flow.left_s -= step / count[flow.tier]
+        some_done = _move(flows, count, step)
         now += step
-        _drop_done(flows, now, arrived)
+        if some_done:
+            _drop_done(flows, now, arrived)
     return now + max(left, 0.0)
+
+
+def _first_through(moving: Sequence[Flow], count: dict[int, int], most_s: float) -> float:
+    """Seconds until the first of some transfers is through, at most so many."""
+    for flow in moving:
+        takes = flow.left_s * count[flow.tier]
+        if takes < most_s:
+            most_s = takes
+    return most_s
+
+
+def _move(moving: Sequence[Flow], count: dict[int, int], step_s: float) -> bool:
+    """Move transfers on; whether any is through."""
+    some_done = False
+    for flow in moving:
+        flow.left_s -= step_s / count[flow.tier]
+        some_done = some_done or flow.left_s <= _DONE
+    return some_done
 
 
 def _by_tier(flows: Sequence[Flow]) -> dict[int, int]:
@@ -150,6 +175,5 @@ def _by_tier(flows: Sequence[Flow]) -> dict[int, int]:
 
 
 def _drop_done(flows: list[Flow], now: float, arrived: list[tuple[float, int]]) -> None:
-    if any(flow.left_s <= _DONE for flow in flows):
-        arrived += [(now, flow.key) for flow in flows if flow.left_s <= _DONE]
-        flows[:] = [flow for flow in flows if flow.left_s > _DONE]
+    arrived += [(now, flow.key) for flow in flows if flow.left_s <= _DONE]
+    flows[:] = [flow for flow in flows if flow.left_s > _DONE]
