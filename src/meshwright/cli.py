@@ -294,9 +294,10 @@ def train(
     from meshwright.training import train as train_file
 
     guard_input(file, None)
+    priced = with_calibration(overrides, calibration)
     asked = Asked(
         file,
-        with_calibration(overrides, None if scale_down else calibration),
+        tuple(overrides or ()) if scale_down else priced,
         nproc,
         scale_down,
         device,

@@ -14,7 +14,6 @@ from meshwright.files import Noun, decode
 from meshwright.gpus import assumed_figures, assumed_node_size, gpu_catalogue, gpu_named, is_named, machine_of
 from meshwright.hardware import Efficiency, Gpu, Link
 from meshwright.layout import MAX_WORLD_SIZE, divisors, nearest_to
-from meshwright.machine import this_machine
 from meshwright.units import BYTES_PER_S, SECONDS, Count
 
 MAX_LOCAL = 4096
@@ -103,19 +102,22 @@ def _check_tiers(cluster: Cluster) -> None:
 
 
 def _check_calibration(cluster: Cluster) -> None:
-    """A table prices the hardware that it was measured on."""
-    table, gpu = cluster.calibration, cluster.gpu.name
-    if table is None or gpu == LOCAL_GPU:
+    if cluster.calibration is not None:
+        machine = cluster.calibration.machine
+        require_same_gpu("calibration", machine.gpu, machine.words, cluster.gpu.name)
+
+
+def require_same_gpu(key: str, measured: str | None, words: str, gpu: str) -> None:
+    """Raise InputError unless what is measured on a GPU of this driver's name, or on processors (None),
+    prices a cluster's GPU. One that a file describes by itself has no driver's name to compare."""
+    if gpu == LOCAL_GPU:
         return
-    measured = table.machine.gpu
     if measured is None:
         rule = f"processors were measured, and the cluster has {gpu}: calibrate on one of its nodes"
-        raise InputError("calibration", table.machine.words, rule, ["cluster: local"])
-    if not is_named(gpu, measured):
+        raise InputError(key, words, rule, ["cluster: local"])
+    if machine_of(gpu) is not None and not is_named(gpu, measured):
         rule = f"another GPU was measured than the cluster's {gpu}: calibrate on one of its nodes"
-        raise InputError(
-            "calibration", measured, rule, [name for name in gpu_catalogue() if is_named(name, measured)]
-        )
+        raise InputError(key, measured, rule, [name for name in gpu_catalogue() if is_named(name, measured)])
 
 
 def _read_calibration(value: object) -> object:
@@ -209,7 +211,7 @@ class LocalRequest(Noun):
             "cluster.links": "1 GB/s and 50 us between processes: assumed, not measured",
         }
         used |= _calibration_note(table)
-        if table is not None and not table.machine.is_like(this_machine(table.machine.gpu)):
+        if table is not None and not table.machine.is_here:
             used["cluster.calibration"] += "; that is not this machine"
         fields = {"nodes": 1, "gpus_per_node": self.local, "gpu": cpu, "links": [link], "calibration": table}
         return decode(Cluster, fields, "cluster"), used

@@ -1,7 +1,8 @@
 """What kernels and links reach on one machine, as it was measured there: the file that `calibrate` writes.
 
-Points are seconds of one op or collective at one size, the median of some samples taken in turns with all
-others. A point's size is written `512x128x256`: the dims of its kind in the graph's order (`ir/graph.py`).
+Points are seconds of one op or collective at one size: of an op the median of samples taken in turns with all
+others, of a collective their mean without the slowest. A point's size is written `512x128x256`: the dims of
+its kind in the graph's order (`ir/graph.py`).
 """
 
 from __future__ import annotations

@@ -120,6 +120,8 @@ def machine_of(name: str) -> Machine | None:
     return decode(Machine, {"gpus_per_node": entry.gpus_per_node.value, "links": links}, canonical)
 
 
+_SAME_SIZE = 0.07
+"""By which fraction a driver's size, which is rounded, may differ from the memory of the catalogue."""
 _SHAPES = ("pcie", "nvl")
 """Words of a driver's name for cards, which differ from the module of the same family."""
 
@@ -127,14 +129,17 @@ _SHAPES = ("pcie", "nvl")
 def is_named(name: str, driver_name: str) -> bool:
     """Whether a driver means the GPU of this name: `h100-sxm` is its `NVIDIA H100 80GB HBM3`.
 
-    The family, a word as `h100`, stands in both. Bytes of memory are the same where both names say them; PCIe
-    and NVL stand in both or in neither.
+    The family, a word as `h100`, stands in both. A size that the driver says is that of the catalogue's
+    memory; PCIe and NVL stand in both or in neither. A part of a GPU (MIG) is none.
     """
     mine, theirs = (re.findall(r"[a-z0-9]+", text.lower()) for text in (name, driver_name))
     family = [word for word in mine if re.search(r"[a-z]", word) and re.search(r"\d", word)]
     family = [word for word in family if not re.fullmatch(r"\d+gb|sxm\d*|hbm\d*e?", word)] or mine
-    sizes = [{word for word in words if re.fullmatch(r"\d+gb", word)} for words in (mine, theirs)]
-    same_size = not all(sizes) or sizes[0] == sizes[1]
+    if "mig" in theirs:
+        return False
+    said = [int(word[:-2]) for word in theirs if re.fullmatch(r"\d+gb", word)]
+    known = _canonical(name)
+    same_size = not said or known is None or abs(gpu_named(known).memory / 2**30 / said[0] - 1) < _SAME_SIZE
     return set(family) <= set(theirs) and same_size and all((w in mine) is (w in theirs) for w in _SHAPES)
 
 

@@ -32,6 +32,12 @@ class Machine(Noun):
         return self.gpu == other.gpu if self.device == other.device == "cuda" else self._host == other._host
 
     @property
+    def is_here(self) -> bool:
+        """Whether its processors are those of the machine at hand; for its GPU nobody is asked."""
+        here = this_machine()
+        return (self.processor, self.processors) == (here.processor, here.processors)
+
+    @property
     def _host(self) -> tuple[str, int, str]:
         return (self.processor, self.processors, self.device)
 

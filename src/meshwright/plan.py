@@ -76,6 +76,14 @@ class Plan(Noun):
         return {"digest": self.digest, **fields}
 
 
+def routed_evenly(plan: Plan) -> Plan:
+    """The plan with tokens spread evenly over experts, whatever its workload says of them."""
+    if plan.workload.routing == "balanced":
+        return plan
+    workload = plan.workload.model_copy(update={"routing": "balanced"})
+    return plan.model_copy(update={"workload": workload})
+
+
 def resolve(deployment: Deployment) -> Plan:
     """Fill what a deployment leaves open with the stated defaults, without searching.
 

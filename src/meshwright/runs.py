@@ -15,6 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import model_validator
+
 from meshwright.cluster import LOCAL_GPU, Cluster
 from meshwright.cost.memory import memory, worst
 from meshwright.errors import InputError
@@ -40,6 +42,12 @@ class Figures(Noun):
 
     step_time_s: Number
     peak_memory_bytes: Count
+
+    @model_validator(mode="after")
+    def _takes_time(self) -> Figures:
+        if self.step_time_s <= 0:
+            raise InputError("step_time_s", self.step_time_s, "a step takes time: more than 0 s")
+        return self
 
 
 class RunRecord(Noun):
@@ -132,8 +140,9 @@ def record_of(
     steps: int,
     measured: Figures,
     memory_of: MemoryOf,
+    predicted: Figures | None = None,
 ) -> RunRecord:
-    """The record of a run that has ended, with what was predicted of its plan."""
+    """The record of a run that has ended, with what was predicted of it: of its plan, unless told."""
     table = plan.cluster.calibration
     return RunRecord(
         kind=kind,
@@ -147,7 +156,7 @@ def record_of(
         calibration=None if table is None else table.digest,
         memory_of=memory_of,
         steps=steps,
-        predicted=predictions_of(plan, memory_of),
+        predicted=predicted or predictions_of(plan, memory_of),
         measured=measured,
     )
 
@@ -226,7 +235,7 @@ def history_of(runs: Sequence[Found], cluster: Cluster) -> History:
         if (record.calibration is not None) is not calibrated:
             return False
         if cluster.gpu.name == LOCAL_GPU:
-            return record.gpu == LOCAL_GPU and record.machine.is_like(this_machine(record.machine.gpu))
+            return record.gpu == LOCAL_GPU and record.machine.is_here
         return record.machine.gpu is not None and is_named(cluster.gpu.name, record.machine.gpu)
 
     errors = [one.record.time_error for one in runs if matches(one.record)]

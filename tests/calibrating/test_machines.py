@@ -92,6 +92,9 @@ def with_host_of(table: EfficiencyTable, plan: Plan) -> EfficiencyTable:
         ("b200", "NVIDIA GB200", False),
         ("mi300x", "AMD Instinct MI300X", True),
         ("brief-64gb", H100, False),
+        ("h100-sxm", "NVIDIA H100 96GB HBM3", False),
+        ("h100-96gb", "NVIDIA H100 96GB HBM3", True),
+        ("h100-sxm", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", False),
     ],
 )
 def test_a_driver_names_a_gpu_of_the_catalogue(name: str, driver: str, same: bool) -> None:
@@ -222,3 +225,24 @@ def test_a_scaled_down_plan_is_priced_by_the_table_of_this_machine(tmp_path: Pat
     assert main([*asked, "--calibration", str(table), "-o", str(output)]) == 0
     (kept,) = runs_in(output)
     assert kept.record.calibration == written.digest
+
+
+def test_groups_larger_than_measured_cost_what_they_did() -> None:
+    document = {**small_deployment(MOE, ranks=8, ep=2, batch=(16, 16))}
+    plan = resolve(deployment_from(document, Path()))
+    table = table_for(plan)
+    assert {link.ranks for link in table.links} == {2}
+    after = plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"calibration": table})})
+    usual, rates = (prices(p.cluster, "fp32", "native") for p in (plan, after))
+    running = running_of(after, rates, Conditions())
+    groups = axis_groups(after.cluster, after.layout.degrees())
+    seen = set()
+    for task, _ in lower(after).collectives(0):
+        if task.axis not in groups or task.num_ranks == 1:
+            continue
+        found, before = (price_collective(task, one, groups, running) for one in (rates, usual))
+        same = [float(one) for one in found] == pytest.approx([float(one) for one in before])
+        seen.add((task.num_ranks, same))
+    assert (2, False) in seen
+    assert (8, True) in seen
+    assert (8, False) not in seen

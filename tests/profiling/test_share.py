@@ -10,8 +10,10 @@ import pytest
 import torch
 from commands import DENSE, MOE, small_deployment
 from tables import table_for
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from meshwright.__main__ import main
+from meshwright.cost.memory import memory
 from meshwright.deployment import deployment_from
 from meshwright.efficiency_table import write_table
 from meshwright.files import to_yaml
@@ -26,6 +28,7 @@ from meshwright.runtime.profile.alone import alone
 from meshwright.runtime.step import Trainer
 from meshwright.simulator.simulate import simulate
 from meshwright.verify import require_valid
+from meshwright.workload import Zipf
 
 EIGHT: dict[str, Any] = {**MOE, "num_experts": 8}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -94,6 +97,20 @@ def test_its_numbers_are_finite(name: str, text: Path) -> None:
     assert all(torch.isfinite(held.tensor).all() for held in trainer.replica.held if name != "zero 3")
 
 
+def test_ops_run_as_they_always_do(text: Path) -> None:
+    """What stood above every op would count as what the rank computes."""
+    with alone(plan_of("experts", text), 1, torch.device("cpu")):
+        assert _get_current_dispatch_mode() is None
+
+
+def test_tokens_are_spread_evenly_in_what_is_predicted_too(text: Path) -> None:
+    plan = plan_of("experts", text)
+    skewed = plan.workload.model_copy(update={"routing": Zipf(zipf=1.2)})
+    found = alone_on(plan.model_copy(update={"workload": skewed}))
+    assert computed_s(found, 0) == computed_s(plan, 0)
+    assert memory(lower(found)) == memory(lower(plan))
+
+
 def test_what_is_predicted_is_the_compute_of_the_step() -> None:
     """Of one rank nothing else is in a step."""
     plan = resolve(deployment_from(small_deployment(MOE, layers=2), Path()))
@@ -141,12 +158,13 @@ def test_the_share_is_printed_and_kept(
     [
         (("--rank", "8"), "--rank: 8: a rank of this layout lies between 0 and 7"),
         (("--rank", "0", "--nproc", "8"), "--nproc: 8: --rank runs one rank alone"),
+        (("--rank", "0", "-o", "{}/small.yaml/sub"), "--output"),
     ],
 )
 def test_bad_ranks_are_one_message(
     flags: tuple[str, ...], words: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("experts", text, tmp_path, *flags) == 2
+    assert run("experts", text, tmp_path, *(flag.format(tmp_path) for flag in flags)) == 2
     said = capsys.readouterr().err
     assert words in said
     assert len(said.strip().splitlines()) == 1

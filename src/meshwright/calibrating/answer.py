@@ -15,7 +15,7 @@ from meshwright.calibrating.references import (
     references,
 )
 from meshwright.calibrating.shapes import ShapeKey, grid, of_programs
-from meshwright.cluster import LocalRequest
+from meshwright.cluster import LocalRequest, require_same_gpu
 from meshwright.efficiency_table import EfficiencyTable, Kernels, LinkPoint, OpPoint, write_table
 from meshwright.errors import InputError
 from meshwright.ir.program import lower
@@ -86,7 +86,9 @@ def calibrate(asked: Asked, progress: Progress) -> Calibrated:
     nproc = _nproc(asked.nproc, plans)
     _require_alike(plans)
     require_installed("measuring", TORCH)
-    precision = _precision(plans, _device_kind(asked.device, nproc))
+    kind = _device_kind(asked.device, nproc)
+    precision = _precision(plans, kind)
+    _require_priced_here(plans, kind)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     table = _measured(plans, precision, nproc, budget_s, asked.device, progress)
     if asked.output is not None:
@@ -266,6 +268,16 @@ def _device_kind(asked: Literal["auto", "cpu", "cuda"], ranks: int) -> Literal["
     from meshwright.runtime.launch import device_kind
 
     return device_kind(asked, ranks)
+
+
+def _require_priced_here(plans: Sequence[Plan], kind: Literal["cpu", "cuda"]) -> None:
+    """Raise InputError for a plan of other hardware than is measured: it would refuse the table."""
+    from meshwright.runtime.launch import gpu_name
+
+    gpu = gpu_name(kind, 1)
+    words = this_machine(gpu).words
+    for plan in plans:
+        require_same_gpu("--plan", gpu, f"{plan.name}, on {words}", plan.cluster.gpu.name)
 
 
 def _shapes(

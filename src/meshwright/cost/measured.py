@@ -137,12 +137,16 @@ class MeasuredRates:
             return None
         return np.where(np.greater(ranks, 1), surface.seconds((payload_bytes, ranks)), 0.0)[()]
 
+    def covers(self, kind: CollectiveKind, ranks: Array) -> Array:
+        """Whether groups of so many ranks are priced here: no larger than those that were measured."""
+        return ranks <= max(self.ranks.get(kind, {0}))
+
     def collective_basis(self, kind: CollectiveKind, payload_bytes: int, ranks: int) -> Basis:
         """measured: this kind in groups of this size, between the smallest and the largest payload measured;
         interpolated: another size of group, or beyond those payloads; assumed: not covered, and groups of
         more ranks than any that was measured."""
         surface = self.links.get(kind)
-        if surface is None or ranks > max(self.ranks[kind]):
+        if surface is None or not self.covers(kind, ranks):
             return "assumed"
         low, high = np.exp(surface.log_sizes[:, 0].min()), np.exp(surface.log_sizes[:, 0].max())
         inside = low * (1 - SAME) <= payload_bytes <= high * (1 + SAME)

@@ -17,7 +17,7 @@ from meshwright.ir.program import Program, lower
 from meshwright.ir.sharding import local_shape, zero_axes, zero_degree
 from meshwright.ir.tasks import ComputeTask
 from meshwright.layout import GROUP_AXES, REPLICA_AXES
-from meshwright.plan import Plan
+from meshwright.plan import Plan, routed_evenly
 from meshwright.workload import RoutingCounts
 
 _WORK = tuple(field.name for field in fields(Work))
@@ -69,10 +69,7 @@ class Expected:
         """What ranks hold by the memory model, by pipeline rank, as tokens are routed here: a spread that the
         workload describes without a histogram runs balanced."""
         plan = self.plan
-        if not self.is_even or plan.workload.routing == "balanced":
-            return memory(self.program)
-        workload = plan.workload.model_copy(update={"routing": "balanced"})
-        return memory(lower(plan.model_copy(update={"workload": workload})))
+        return memory(lower(routed_evenly(plan)) if self.is_even else self.program)
 
     def pp_rank(self, rank: int) -> int:
         """The pipeline rank of a rank: stages are the slowest axis of both views."""

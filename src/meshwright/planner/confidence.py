@@ -100,7 +100,8 @@ def _op_basis(task: ComputeTask, priced: Prices) -> Basis:
 def _collective_basis(task: CommTask, priced: Prices, group: Group, running: Running) -> Basis:
     """By the machine's own table in groups that stay in a node, where it has the collective."""
     known = priced.measured
-    if known is not None and task.kind in known.links and group.inner >= group.ranks:
+    inside = group.inner >= group.ranks
+    if known is not None and inside and known.covers(task.kind, group.ranks):
         return known.collective_basis(task.kind, task.bytes, task.num_ranks)
     return collective_basis(priced.links, task.kind, task.bytes, group, running.dispatcher)
 

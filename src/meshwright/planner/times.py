@@ -307,7 +307,7 @@ def price_collective(
 ) -> tuple[Array, Array]:
     """Seconds of one collective, as one that stays in a node's links and as one that leaves them: one of the
     two is 0. Routed tokens of the fullest rank set the pace of an all-to-all. A calibration timed ranks of
-    one machine, and prices groups that stay in a node."""
+    one machine, and prices groups that stay in a node and are no larger than those."""
     size: Array = task.bytes
     if task.kind is CollectiveKind.ALL_TO_ALL:
         size = size * running.load
@@ -315,5 +315,7 @@ def price_collective(
     seconds = collective_seconds(prices.links, task.kind, size, group, running.dispatcher, running.fanout)
     leaves = np.asarray(group.inner) < np.asarray(group.ranks)
     known = prices.measured
-    timed = None if known is None else known.collective_seconds(task.kind, size, group.ranks)
-    return (seconds if timed is None else timed) * ~leaves, seconds * leaves
+    if known is not None and task.kind in known.links:
+        timed = known.collective_seconds(task.kind, size, group.ranks)
+        seconds = np.where(leaves | ~np.asarray(known.covers(task.kind, group.ranks)), seconds, timed)
+    return seconds * ~leaves, seconds * leaves

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 from meshwright.cluster import LOCAL_GPU
 from meshwright.errors import InputError
 from meshwright.machine import this_machine
-from meshwright.plan import Plan, write_plan
+from meshwright.plan import Plan, routed_evenly, write_plan
 from meshwright.planner.interval import interval
 from meshwright.planner.planned import planned
 from meshwright.profiling.joined import Row, joined
@@ -24,8 +24,8 @@ from meshwright.profiling.predicted import Predicted, predicted
 from meshwright.profiling.share import ShareAnswer, require_rank, share_of
 from meshwright.profiling.trace import RankTrace, rank_trace
 from meshwright.profiling.usage import RankUse, rank_use
-from meshwright.runnable import TRAINING, require_installed, require_runnable
-from meshwright.runs import FILE, Figures, RunRecord, record_of, write_record
+from meshwright.runnable import TRAINING, require_installed, require_runnable, torchrun_rank
+from meshwright.runs import FILE, Figures, RunRecord, predictions_of, record_of, write_record
 
 Progress = Callable[[str, int, int], None]
 USUAL_STEPS = 10
@@ -129,22 +129,24 @@ def profile(asked: Asked, progress: Progress) -> ProfileAnswer | ShareAnswer | N
         _require_ranks(plan, asked.nproc)
     else:
         require_rank(plan, asked.rank, asked.nproc)
-    folder = _free(asked.output)
+    folder = None if torchrun_rank() else _free(asked.output)
     require_installed("profiling", TRAINING)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces itself on stderr otherwise
     with tempfile.TemporaryDirectory(prefix="meshwright-") as traces:
         found = _measured(plan, asked, Path(traces))
-        if os.environ.get("RANK", "0") != "0":
+        if torchrun_rank():
             return None
-        answer = _answer(plan, found) if asked.rank is None else _share(plan, asked.rank, found[0])
+        answer = (
+            _answer(plan, found, asked.balanced) if asked.rank is None else _share(plan, asked.rank, found[0])
+        )
         if folder is not None:
             _keep(answer, Path(traces), folder)
     return answer
 
 
 def _free(output: str | None) -> Path | None:
-    """The run's folder, which holds no other run. Raises InputError."""
+    """The run's folder, made where it is missing, which holds no other run. Raises InputError."""
     if output is None:
         return None
     if not output.strip():
@@ -152,6 +154,10 @@ def _free(output: str | None) -> Path | None:
     folder = Path(output)
     if (folder / FILE).exists() or (folder / "plan.yaml").exists():
         raise InputError("--output", output, "the folder of another run, which is kept", [f"{folder}-2"])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("--output", output, f"cannot be written: {error.strerror}") from None
     return folder
 
 
@@ -159,7 +165,7 @@ def _require_ranks(plan: Plan, nproc: int | None) -> None:
     world = plan.layout.world_size
     if nproc is not None and nproc != world:
         raise InputError("--nproc", nproc, f"the plan's layout has {world} ranks", [world])
-    if nproc is None and plan.cluster.gpu.name != LOCAL_GPU and "RANK" not in os.environ:
+    if nproc is None and plan.cluster.gpu.name != LOCAL_GPU and torchrun_rank() is None:
         rule = "the plan is for a cluster: start its ranks with torchrun, or say how many to start here"
         raise InputError("--nproc", "missing", rule, [world])
 
@@ -181,22 +187,24 @@ def _measured(plan: Plan, asked: Asked, traces: Path) -> Sequence[RankFigures]:
 
 
 def _share(plan: Plan, rank: int, found: RankFigures) -> ShareAnswer:
-    trace = rank_trace(rank, json.loads(found.trace.read_text("utf-8"))["traceEvents"])
+    trace = rank_trace(rank, json.loads(found.trace.read_text("utf-8"))["traceEvents"], answered=True)
     times = found.step_s, found.answered_s
     return share_of(plan, rank, this_machine(found.gpu), times, found.peak_bytes, trace)
 
 
-def _answer(plan: Plan, found: Sequence[RankFigures]) -> ProfileAnswer:
+def _answer(plan: Plan, found: Sequence[RankFigures], balanced: bool) -> ProfileAnswer:
+    as_run = routed_evenly(plan) if balanced else plan
     traces: list[RankTrace] = []
     for one in found:
         traces.append(rank_trace(one.rank, json.loads(one.trace.read_text("utf-8"))["traceEvents"]))
     modules = {name for trace in traces for name in trace.forward}
-    expected = predicted(plan, modules)
+    expected = predicted(as_run, modules)
     ranks_of_stage = plan.layout.world_size // plan.layout.pp
     step_s = _slowest([one.step_s for one in found])
     peaks = tuple(one.peak_bytes for one in found)
     figures = Figures(step_time_s=statistics.median(step_s), peak_memory_bytes=max(peaks))
-    record = record_of("profile", plan, found[0].gpu, len(step_s), figures, "tensors")
+    said = predictions_of(as_run, "tensors")
+    record = record_of("profile", plan, found[0].gpu, len(step_s), figures, "tensors", said)
     return ProfileAnswer(
         plan,
         step_s,
@@ -216,10 +224,6 @@ def _slowest(by_rank: Sequence[Sequence[float]]) -> tuple[float, ...]:
 
 def _keep(answer: ProfileAnswer | ShareAnswer, traces: Path, folder: Path) -> None:
     """Plan, traces and measurements in the run's folder, and the record of a whole run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError("--output", str(folder), f"cannot be written: {error.strerror}") from None
     write_plan(answer.plan, folder / "plan.yaml")
     _move_traces(traces, folder / "traces")
     text = json.dumps(answer.document(), ensure_ascii=False, allow_nan=False, indent=1)

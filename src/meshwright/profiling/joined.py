@@ -51,8 +51,10 @@ def joined(predicted: Predicted, traces: Sequence[RankTrace], ranks_of_stage: in
 def ops_joined(
     predicted: Mapping[OpKey, float], traces: Sequence[RankTrace], ranks_of_stage: int
 ) -> list[Row]:
-    """The rows of modules, those that disagree most first."""
+    """The rows of modules, those that disagree most first; none where none was timed."""
     ops = measured_ops(traces, ranks_of_stage)
+    if not ops:
+        return []
     rows = [Row(name, part, *_pair(predicted, ops, (name, part))) for name, part in {**predicted, **ops}]
     return sorted(rows, key=lambda row: (-row.apart_s, row.what, row.part))
 

@@ -14,11 +14,12 @@ from meshwright.cost.memory import memory
 from meshwright.errors import InputError
 from meshwright.ir.program import lower
 from meshwright.machine import Machine
-from meshwright.plan import Plan
+from meshwright.plan import Plan, routed_evenly
 from meshwright.profiling.joined import Row, ops_joined
 from meshwright.profiling.predicted import computed_s, ops_of_rank
 from meshwright.profiling.trace import RankTrace
 from meshwright.profiling.usage import RankUse, rank_use
+from meshwright.runnable import torchrun_rank
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,16 @@ def require_rank(plan: Plan, rank: int, nproc: int | None) -> None:
         raise InputError("--rank", rank, rule, [min(max(rank, 0), world - 1)])
     if nproc not in (None, 1):
         raise InputError("--nproc", nproc, "--rank runs one rank alone", [1])
+    if torchrun_rank() is not None:
+        raise InputError("--rank", rank, "runs one rank alone, and torchrun has started several")
     if plan.layout.world_size == 1:
         raise InputError("--rank", rank, "the plan has one rank: profile it without --rank")
 
 
 def alone_on(plan: Plan) -> Plan:
-    """The plan priced by what its table measured with the fewest ranks at work: here is one."""
+    """The plan as one rank alone runs it: routed evenly, priced by what its table measured with the fewest
+    ranks at work."""
+    plan = routed_evenly(plan)
     table = plan.cluster.calibration
     if table is None:
         return plan
@@ -112,7 +117,7 @@ def share_of(
         answered,
         computed_s(priced_plan, pp_rank),
         peak_bytes,
-        memory(lower(plan))[pp_rank].allocated_bytes,
+        memory(lower(priced_plan))[pp_rank].allocated_bytes,
         rank_use(trace),
         tuple(ops_joined(ops_of_rank(priced_plan, pp_rank, modules), [trace], 1)),
     )

@@ -47,7 +47,8 @@ class Collective(NamedTuple):
 @dataclass
 class RankTrace:
     """What one rank did in its profiled steps. `forward` and `backward`: seconds by module, none of those in
-    its own modules and in collectives; all steps together."""
+    its own modules and in collectives; all steps together. Of a GPU they are empty: what the host takes to
+    launch a module is not what the module takes."""
 
     rank: int
     steps: Merged
@@ -62,8 +63,9 @@ class RankTrace:
         return self.steps[0][0], self.steps[-1][1]
 
 
-def rank_trace(rank: int, events: Iterable[Mapping[str, Any]]) -> RankTrace:
-    """Read a trace's events. Times count from the first profiled step. Raises ValueError without steps."""
+def rank_trace(rank: int, events: Iterable[Mapping[str, Any]], answered: bool = False) -> RankTrace:
+    """Read a trace's events. Times count from the first profiled step. `answered`: the rank ran alone, and
+    kernels of a GPU that made its collectives' results are no compute. Raises ValueError without steps."""
     own = [event for event in events if event.get("ph") == "X"]
     on_gpu = any(event.get("cat") == "kernel" for event in own)
     steps = merged(_span(e) for e in own if e["name"].startswith(STEP) and _is_host(e))
@@ -76,7 +78,9 @@ def rank_trace(rank: int, events: Iterable[Mapping[str, Any]]) -> RankTrace:
     blocked = merged(_span(e) for e in own if e["name"].startswith(LABEL) and _is_host(e))
     if not on_gpu:
         compute = beyond(compute, blocked)
-    forward, backward = _modules(own, blocked)
+    elif answered:
+        compute = beyond(compute, merged((c.start_s, c.end_s) for c in collectives))
+    forward, backward = _modules(own, blocked) if not on_gpu else ({}, {})
     return RankTrace(
         rank,
         [_moved(step, origin) for step in steps],

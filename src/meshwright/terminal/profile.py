@@ -99,6 +99,8 @@ def _show_axes(answer: ProfileAnswer, console: Console) -> None:
 
 
 def _show_rows(all_rows: Sequence[Row], console: Console) -> None:
+    if not all_rows:
+        return
     console.print()
     rows = figures_table("what", "part", "measured", "predicted", "apart")
     for row in all_rows[:MOST_ROWS]:

@@ -6,6 +6,7 @@ caches. Back to back it takes half as long on two processors.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 
@@ -27,11 +28,15 @@ WORK_S = 1e-3
 def timed_collective(
     kind: CollectiveKind, size: int, group: ProcessGroup, device: torch.device, work: Callable[[], object]
 ) -> Timed:
-    """One collective of a payload in bytes, from the moment at which this rank comes to it after `work`."""
+    """One collective of a payload in bytes, from the moment at which this rank comes to it after `work`; nan
+    for a rank that has no partner to send to."""
     call = _call(kind, max(size // 4, 1), group, device)
+    is_left_over = kind is CollectiveKind.SEND_RECV and group.rank() ^ 1 >= group.size()
 
     def sample() -> float:
         work()
+        if is_left_over:
+            return math.nan
         return seconds_of(call, device) / (2 if kind is CollectiveKind.SEND_RECV else 1)
 
     return sample
@@ -83,8 +88,6 @@ def _there_and_back(buffer: Tensor, group: ProcessGroup) -> None:
     """A send between neighbours and its answer, as torch's pipelining makes them."""
     rank = group.rank()
     peer = rank ^ 1
-    if peer >= group.size():
-        return
     first, second = (dist.isend, dist.irecv) if rank < peer else (dist.irecv, dist.isend)
     for call in (first, second):
         for work in dist.batch_isend_irecv([dist.P2POp(call, buffer, group=group, group_peer=peer)]):

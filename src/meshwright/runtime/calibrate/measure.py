@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -119,13 +120,14 @@ def _agreed(mesh: Mesh, wanted: bool) -> bool:
 
 
 def _over_ranks(mesh: Mesh, seconds: Sequence[float]) -> list[float]:
-    """The mean over the ranks of each sample."""
+    """The mean of each sample over the ranks that took part."""
     if mesh.group("world") is None:
         return list(seconds)
     everyone: list[list[float]] = [[] for _ in range(mesh.layout.world_size)]
     group = mesh.group("coordination") or mesh.group("world")
     dist.all_gather_object(everyone, list(seconds), group=group)
-    return [statistics.fmean(values) for values in zip(*everyone, strict=True)]
+    took_part = ([one for one in values if not math.isnan(one)] for values in zip(*everyone, strict=True))
+    return [statistics.fmean(values) for values in took_part]
 
 
 def _shapes(job: Job, mesh: Mesh, budget_s: float, goes_on: Callable[[bool], bool]) -> list[list[float]]:

@@ -21,7 +21,7 @@ from meshwright.ir.graph import CollectiveKind
 
 _REDUCE, _GATHER = CollectiveKind.ALL_REDUCE, CollectiveKind.ALL_GATHER
 _SCATTER, _EXCHANGE = CollectiveKind.REDUCE_SCATTER, CollectiveKind.ALL_TO_ALL
-_CALLS: dict[str, tuple[CollectiveKind, int]] = {
+CALLS: dict[str, tuple[CollectiveKind, int]] = {
     "all_reduce": (_REDUCE, 0),
     "all_gather_single": (_GATHER, 0),
     "all_gather_into_tensor": (_GATHER, 0),
@@ -37,16 +37,26 @@ _NAMES = ("output", "input", "tensor", "output_tensor", "input_tensor")
 def labelled_collectives() -> Iterator[None]:
     """Label every collective that is called while this is active."""
     with ExitStack() as stack:
-        for name, (kind, place) in _CALLS.items():
+        for name, (kind, place) in CALLS.items():
             if hasattr(dist, name):
-                stack.enter_context(_replaced(dist, name, partial(_labelled, kind, place)))
-        sends = (schedules, "_batch_p2p") if hasattr(schedules, "_batch_p2p") else (dist, "batch_isend_irecv")
-        stack.enter_context(_replaced(*sends, _labelled_sends))
+                stack.enter_context(replaced(dist, name, partial(_labelled, kind, place)))
+        stack.enter_context(replaced(*sends_of(), _labelled_sends))
         yield
 
 
+def sends_of() -> tuple[Any, str]:
+    """Where torch's pipelining sends and receives, by torch's version: the owner and name of a function."""
+    return (schedules, "_batch_p2p") if hasattr(schedules, "_batch_p2p") else (dist, "batch_isend_irecv")
+
+
+def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors of a call of torch.distributed: the result first, if it is another one."""
+    return [one for one in (*args, *(kwargs.get(name) for name in _NAMES)) if isinstance(one, Tensor)]
+
+
 @contextmanager
-def _replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
+def replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """While this is active, a function is what `wrap` makes of it."""
     original = getattr(owner, name)
     setattr(owner, name, wrap(original))
     try:
@@ -57,9 +67,9 @@ def _replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[Non
 
 def _labelled(kind: CollectiveKind, place: int, call: Any) -> Any:
     def labelled(*args: Any, **kwargs: Any) -> Any:
-        tensors = [one for one in (*args, *(kwargs.get(name) for name in _NAMES)) if isinstance(one, Tensor)]
+        tensors = tensors_of(args, kwargs)
         payload = tensors[min(place, len(tensors) - 1)]
-        with record_function(label(_axis(kwargs.get("group")), kind, _bytes(payload))):
+        with record_function(label(axis_of(kwargs.get("group")), kind, _bytes(payload))):
             return call(*args, **kwargs)
 
     return labelled
@@ -72,7 +82,7 @@ def _labelled_sends(call: Any) -> Any:
         with ExitStack() as stack:
             for op in ops:
                 if op.op is dist.isend:
-                    name = label(_axis(op.group), CollectiveKind.SEND_RECV, _bytes(op.tensor))
+                    name = label(axis_of(op.group), CollectiveKind.SEND_RECV, _bytes(op.tensor))
                     stack.enter_context(record_function(name))
             return call(ops, *args, **kwargs)
 
@@ -84,7 +94,7 @@ def label(axis: str, kind: CollectiveKind, size: int) -> str:
     return f"collective:{axis} {kind.value} {size}"
 
 
-def _axis(group: ProcessGroup | None) -> str:
+def axis_of(group: ProcessGroup | None) -> str:
     """The axis that a group was made for: its description."""
     return group.group_desc if isinstance(group, ProcessGroup) else "world"
 
