@@ -99,6 +99,7 @@ def run_local(plan: Plan, num_ranks: int, device: DeviceKind, work: Work) -> Non
     require_world(plan, num_ranks)
     kind = device_kind(device, num_ranks)
     if num_ranks == 1:
+        _set_threads(kind)
         work(single_process(_device(kind, 0)))
         return
     if sys.platform != "linux":
@@ -113,11 +114,19 @@ def run_local(plan: Plan, num_ranks: int, device: DeviceKind, work: Work) -> Non
 
 def run_alone(device: DeviceKind, work: Callable[[torch.device], None]) -> None:
     """Do one rank's work in this process, as that of a plan of one rank is done."""
-    work(_device(device_kind(device, 1), 0))
+    kind = device_kind(device, 1)
+    _set_threads(kind)
+    work(_device(kind, 0))
 
 
 def _device(kind: str, local: int) -> torch.device:
     return torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+
+
+def _set_threads(kind: str) -> None:
+    """As many threads for a rank alone as for one among others: layouts are compared by what they do."""
+    if kind == "cpu":
+        torch.set_num_threads(_num_threads())
 
 
 def _num_threads() -> int:
@@ -131,8 +140,7 @@ def _join(plan: Plan, rank: int, local: int, kind: str, meeting: str, work: Work
     device = _device(kind, local)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(_num_threads())
+    _set_threads(kind)
     backend = "nccl" if kind == "cuda" else "gloo"
     world = plan.layout.world_size
     dist.init_process_group(backend, meeting, TIMEOUT, world_size=world, rank=rank)
