@@ -16,10 +16,8 @@ and after is printed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +25,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+from called import command
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "brief-repaired.yaml"
 APART = 1.15
@@ -103,13 +103,6 @@ def write_plans(folder: Path) -> dict[str, Path]:
         plans[name] = folder / f"layout-{number}.yaml"
         write_plan(plan, plans[name])
     return plans
-
-
-def command(*arguments: str) -> Any:
-    """What a command of meshwright prints as JSON."""
-    called = [sys.executable, "-m", "meshwright", *arguments, "--json"]
-    done = subprocess.run(called, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout)
 
 
 def predictions(plans: Mapping[str, Path], table: Path) -> list[Row]:

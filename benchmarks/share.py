@@ -12,16 +12,15 @@ a step computes was off (target: 10 %), and "not measured" for a device that is 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from called import command
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 PLANS = ("brief-repaired", "qwen3-30b-a3b-512", "mixtral-8x22b-128")
@@ -74,22 +73,15 @@ def write_plans(folder: Path, device: Device) -> dict[str, Path]:
         plan = resolve(open_placement(EXAMPLES / f"{name}.yaml", Deployment, changes))
         if device == "cpu":
             plan = scaled_down(plan, SCALED_RANKS, precision="fp32").plan
-            wider = {name: WIDENED * getattr(plan.model, name) for name in WIDTHS}
+            wider = {width: WIDENED * getattr(plan.model, width) for width in WIDTHS}
             plan = plan.model_copy(update={"model": plan.model.model_copy(update=wider)})
         found[name] = folder / f"{name}.yaml"
         write_plan(plan, found[name])
     return found
 
 
-def command(*arguments: str) -> Any:
-    """What a command of meshwright prints as JSON."""
-    called = [sys.executable, "-m", "meshwright", *arguments, "--json"]
-    done = subprocess.run(called, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout)
-
-
 def ranks_of(path: Path) -> list[int]:
-    """The first rank of each pipeline rank: of two at least, the first and the last."""
+    """The first rank of the first stage and of the last."""
     from meshwright.plan import read_plan
 
     layout = read_plan(path).layout
@@ -138,7 +130,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps of each rank (20)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="that one alone")
     asked = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
 
     for device in ("cpu", "cuda") if asked.device is None else (asked.device,):

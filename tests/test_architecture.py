@@ -22,6 +22,7 @@ LEVEL_OF = {
     # ground floor: no domain knowledge
     "errors": "ground",
     "units": "ground",
+    "torchrun": "ground",
     "files": "ground",
     "decoding": "ground",
     # nouns: pure data and integer arithmetic

@@ -27,19 +27,11 @@ class Machine(Noun):
     gpu: str | None = None
     torch: str = "none"
 
-    def is_like(self, other: Machine) -> bool:
-        """Whether figures measured on the other hold here: the same hardware, whatever torch."""
-        return self.gpu == other.gpu if self.device == other.device == "cuda" else self._host == other._host
-
     @property
     def is_here(self) -> bool:
         """Whether its processors are those of the machine at hand; for its GPU nobody is asked."""
         here = this_machine()
         return (self.processor, self.processors) == (here.processor, here.processors)
-
-    @property
-    def _host(self) -> tuple[str, int, str]:
-        return (self.processor, self.processors, self.device)
 
     @property
     def words(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 
 from meshwright.errors import InputError, MeshwrightError
@@ -12,14 +11,6 @@ from meshwright.verify import require_valid
 TORCH = ("torch",)
 TRAINING = ("torch", "numpy", "datasets", "tokenizers", "tensorboard")
 """Libraries of the extra `train`."""
-
-
-def torchrun_rank() -> int | None:
-    """This process' rank where torchrun, or whoever sets its variables, has started it; else None."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return None
-    rank = os.environ["RANK"]
-    return int(rank) if rank.isdecimal() else 0
 
 
 def require_installed(what: str, names: tuple[str, ...]) -> None:

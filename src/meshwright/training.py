@@ -20,6 +20,7 @@ from meshwright.runs import FILE, journal_lines, keep_training
 from meshwright.scale_down import ScaledDown, scaled_down
 from meshwright.terminal.progress import progress_bar
 from meshwright.terminal.train import JsonLines, Screen
+from meshwright.torchrun import is_first_rank
 
 SCALED_RANKS = 8
 """Ranks of a scaled-down plan unless told otherwise: two of each of tp, pp and dp."""
@@ -68,7 +69,7 @@ def train(asked: Asked) -> None:
 
     before = 0 if output is None else journal_lines(output)
     train_plan(plan, run, _num_ranks(asked, plan), asked.device, audience, _reading)
-    if output is not None and os.environ.get("RANK", "0") == "0":
+    if output is not None and is_first_rank():
         _keep_record(plan, output, asked, before)
 
 

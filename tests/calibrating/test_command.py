@@ -20,7 +20,6 @@ from meshwright.deployment import deployment_from
 from meshwright.efficiency_table import read_table
 from meshwright.files import to_yaml
 from meshwright.ir.graph import CollectiveKind
-from meshwright.machine import this_machine
 from meshwright.model import Model
 from meshwright.plan import resolve
 from meshwright.runtime.calibrate import Shape, Surroundings
@@ -66,7 +65,7 @@ def test_a_plan_of_two_ranks_is_measured_and_then_simulated(
     assert all(point["samples"] >= LEAST_ROUNDS * REPEATS for point in found["kernels"][0]["points"])
     kept = read_table(table)
     assert kept.digest == found["digest"]
-    assert kept.machine.is_like(this_machine())
+    assert kept.machine.is_here
     assert main(["simulate", str(plan), "--json"]) == 0
     assumed = json.loads(capsys.readouterr().out)["step_time_s"]
     assert main(["simulate", str(plan), "--calibration", str(table), "--json"]) == 0

@@ -88,13 +88,13 @@ def test_a_file_holds_the_table(tmp_path: Path) -> None:
     assert table.digest != table_for(plan(), seconds=lambda shape: 1e-3).digest
 
 
-def test_the_machine_at_hand_is_like_itself_and_like_no_other() -> None:
+def test_the_machine_at_hand_is_here_and_no_other_is() -> None:
     here = this_machine()
-    assert here.is_like(this_machine())
+    assert here.is_here
     assert here.processors >= 1
-    assert not here.is_like(here.model_copy(update={"processor": "abacus"}))
-    assert not here.is_like(this_machine(gpu="H100"))
-    assert this_machine(gpu="H100").is_like(here.model_copy(update={"device": "cuda", "gpu": "H100"}))
+    assert this_machine(gpu="H100").is_here
+    assert not here.model_copy(update={"processor": "abacus"}).is_here
+    assert not here.model_copy(update={"processors": here.processors + 1}).is_here
 
 
 def test_a_plan_with_a_table_is_the_same_plan(tmp_path: Path) -> None:

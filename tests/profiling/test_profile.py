@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from checked import plan_of
 from commands import DENSE, MOE, small_deployment
 from tables import table_for
 
@@ -19,12 +20,11 @@ from meshwright.deployment import deployment_from
 from meshwright.efficiency_table import write_table
 from meshwright.files import to_yaml
 from meshwright.ir.program import lower
-from meshwright.plan import Plan, resolve
+from meshwright.plan import resolve
 from meshwright.profiling.predicted import module_of, predicted
 from meshwright.profiling.trace import labelled_calls, rank_trace
 from meshwright.runtime.profile import Session, profile_plan
 from meshwright.runtime.profile.living import Living
-from meshwright.verify import require_valid
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "zero 1 and experts over two": {"ranks": 2, "ep": 2, "batch": (4, 16)},
@@ -36,21 +36,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "pipeline": {"ranks": 2, "layers": 2, "batch": (4, 16), "layout": {"pp": 2, "dp": 1}},
 }
-
-
-def plan_of(document: dict[str, Any], text: Path) -> Plan:
-    """A checked plan that reads the given text."""
-    plan = resolve(deployment_from({**document, "training": {"data": str(text)}}, Path()))
-    require_valid(plan)
-    return plan
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    """A text to train on."""
-    path = tmp_path / "text.txt"
-    path.write_text("Nature and nature's laws lay hid in night. " * 400, "utf-8")
-    return path
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

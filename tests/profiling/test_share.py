@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from checked import plan_of
 from commands import DENSE, MOE, small_deployment
 from tables import table_for
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -22,12 +23,12 @@ from meshwright.plan import Plan, resolve
 from meshwright.profiling.predicted import computed_s
 from meshwright.profiling.share import alone_on
 from meshwright.profiling.trace import labelled_calls, rank_trace
+from meshwright.runtime import dispatch
 from meshwright.runtime.dryrun.rehearse import observe
 from meshwright.runtime.profile import Session, profile_plan
 from meshwright.runtime.profile.alone import alone
 from meshwright.runtime.step import Trainer
 from meshwright.simulator.simulate import simulate
-from meshwright.verify import require_valid
 from meshwright.workload import Zipf
 
 EIGHT: dict[str, Any] = {**MOE, "num_experts": 8}
@@ -51,26 +52,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def plan_of(name: str, text: Path) -> Plan:
-    """A checked plan that reads the given text."""
-    document = {**small_deployment(EIGHT, **LAYOUTS[name]), "training": {"data": str(text)}}
-    plan = resolve(deployment_from(document, Path()))
-    require_valid(plan)
-    return plan
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    """A text to train on."""
-    path = tmp_path / "text.txt"
-    path.write_text("Nature and nature's laws lay hid in night. " * 400, "utf-8")
-    return path
+def plan_named(name: str, text: Path) -> Plan:
+    """The plan of a layout."""
+    return plan_of(small_deployment(EIGHT, **LAYOUTS[name]), text)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_rank_alone_calls_and_holds_what_its_dry_run_does(name: str, text: Path, tmp_path: Path) -> None:
     """What a dry run calls and holds is what it does among the others (tests/dryrun/test_real.py)."""
-    plan = plan_of(name, text)
+    plan = plan_named(name, text)
     rank = plan.layout.world_size - 1
     (found,) = profile_plan(plan, Session(tmp_path, tmp_path, 2, routes_evenly=True, alone=rank), "cpu")
     trace = rank_trace(rank, json.loads(found.trace.read_text("utf-8"))["traceEvents"])
@@ -85,7 +75,7 @@ def test_a_rank_alone_calls_and_holds_what_its_dry_run_does(name: str, text: Pat
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_its_numbers_are_finite(name: str, text: Path) -> None:
-    plan = plan_of(name, text)
+    plan = plan_named(name, text)
     with alone(plan, 1, torch.device("cpu")) as answering:
         trainer = Trainer(plan, answering.mesh, routes_evenly=True)
         rows = plan.sequences_per_replica
@@ -99,12 +89,12 @@ def test_its_numbers_are_finite(name: str, text: Path) -> None:
 
 def test_ops_run_as_they_always_do(text: Path) -> None:
     """What stood above every op would count as what the rank computes."""
-    with alone(plan_of("experts", text), 1, torch.device("cpu")):
+    with alone(plan_named("experts", text), 1, torch.device("cpu")):
         assert _get_current_dispatch_mode() is None
 
 
 def test_tokens_are_spread_evenly_in_what_is_predicted_too(text: Path) -> None:
-    plan = plan_of("experts", text)
+    plan = plan_named("experts", text)
     skewed = plan.workload.model_copy(update={"routing": Zipf(zipf=1.2)})
     found = alone_on(plan.model_copy(update={"workload": skewed}))
     assert computed_s(found, 0) == computed_s(plan, 0)
@@ -137,7 +127,7 @@ def test_the_share_is_printed_and_kept(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table, output = tmp_path / "here.yaml", tmp_path / "share"
-    write_table(table_for(plan_of("experts", text)), table)
+    write_table(table_for(plan_named("experts", text)), table)
     flags = ("--rank", "5", "--calibration", str(table))
     assert run("experts", text, tmp_path, *flags, "--json", "-o", str(output)) == 0
     found = json.loads(capsys.readouterr().out)
@@ -177,11 +167,20 @@ def test_a_plan_of_one_rank_is_profiled_whole(tmp_path: Path, capsys: pytest.Cap
     assert "the plan has one rank" in capsys.readouterr().err
 
 
-def test_collectives_are_answered_in_the_sizes_of_the_program(text: Path) -> None:
-    """Every count of rows that comes for this rank's experts is that of even routing."""
-    plan = plan_of("experts", text)
-    calls = [task for task, _ in lower(plan).collectives(0) if task.kind.value == "all_to_all"]
-    assert calls
+def test_as_many_rows_come_as_even_routing_sends(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To this rank's experts, alone as in a dry run."""
+    plan, came = plan_named("experts", text), []
+    exchange = dispatch.exchange
+
+    def counted(x: Any, received: list[int], sent: list[int], group: Any) -> Any:
+        came.append(sum(received))
+        return exchange(x, received, sent, group)
+
+    assert [task for task, _ in lower(plan).collectives(0) if task.kind.value == "all_to_all"]
     seen = observe(plan, 5)
-    rows = [call for call in seen.conduct.calls if call.sent]
-    assert {sum(call.received) for call in rows} == {2 * 16}
+    assert {sum(call.received) for call in seen.conduct.calls if call.sent} == {2 * 16}
+    monkeypatch.setattr(dispatch, "exchange", counted)
+    with alone(plan, 5, torch.device("cpu")) as answering:
+        tokens = torch.randint(0, 256, (plan.sequences_per_replica, plan.workload.max_sequence_length))
+        Trainer(plan, answering.mesh, routes_evenly=True).step(tokens, tokens)
+    assert set(came) == {2 * 16}

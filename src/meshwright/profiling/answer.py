@@ -24,8 +24,9 @@ from meshwright.profiling.predicted import Predicted, predicted
 from meshwright.profiling.share import ShareAnswer, require_rank, share_of
 from meshwright.profiling.trace import RankTrace, rank_trace
 from meshwright.profiling.usage import RankUse, rank_use
-from meshwright.runnable import TRAINING, require_installed, require_runnable, torchrun_rank
+from meshwright.runnable import TRAINING, require_installed, require_runnable
 from meshwright.runs import FILE, Figures, RunRecord, predictions_of, record_of, write_record
+from meshwright.torchrun import is_first_rank, is_under_torchrun
 
 Progress = Callable[[str, int, int], None]
 USUAL_STEPS = 10
@@ -48,7 +49,7 @@ class Asked:
 
 class RankFigures(Protocol):
     """What one rank measured, as the runtime's session gives it: steps without and with the profiler in
-    seconds, peak bytes, the GPU's name, and the file of its trace."""
+    seconds, peak bytes, the GPU's name, the file of its trace, and of a rank alone the seconds of answers."""
 
     @property
     def rank(self) -> int: ...
@@ -129,17 +130,19 @@ def profile(asked: Asked, progress: Progress) -> ProfileAnswer | ShareAnswer | N
         _require_ranks(plan, asked.nproc)
     else:
         require_rank(plan, asked.rank, asked.nproc)
-    folder = None if torchrun_rank() else _free(asked.output)
+    folder = _free(asked.output) if is_first_rank() else None
     require_installed("profiling", TRAINING)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces itself on stderr otherwise
     with tempfile.TemporaryDirectory(prefix="meshwright-") as traces:
         found = _measured(plan, asked, Path(traces))
-        if torchrun_rank():
+        if not is_first_rank():
             return None
-        answer = (
-            _answer(plan, found, asked.balanced) if asked.rank is None else _share(plan, asked.rank, found[0])
-        )
+        answer: ProfileAnswer | ShareAnswer
+        if asked.rank is None:
+            answer = _answer(plan, found, asked.balanced)
+        else:
+            answer = _share(plan, asked.rank, found[0])
         if folder is not None:
             _keep(answer, Path(traces), folder)
     return answer
@@ -165,7 +168,7 @@ def _require_ranks(plan: Plan, nproc: int | None) -> None:
     world = plan.layout.world_size
     if nproc is not None and nproc != world:
         raise InputError("--nproc", nproc, f"the plan's layout has {world} ranks", [world])
-    if nproc is None and plan.cluster.gpu.name != LOCAL_GPU and torchrun_rank() is None:
+    if nproc is None and plan.cluster.gpu.name != LOCAL_GPU and not is_under_torchrun():
         rule = "the plan is for a cluster: start its ranks with torchrun, or say how many to start here"
         raise InputError("--nproc", "missing", rule, [world])
 

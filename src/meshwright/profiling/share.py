@@ -19,7 +19,7 @@ from meshwright.profiling.joined import Row, ops_joined
 from meshwright.profiling.predicted import computed_s, ops_of_rank
 from meshwright.profiling.trace import RankTrace
 from meshwright.profiling.usage import RankUse, rank_use
-from meshwright.runnable import torchrun_rank
+from meshwright.torchrun import is_under_torchrun
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,6 @@ class ShareAnswer:
 
     plan: Plan
     rank: int
-    pp_rank: int
     machine: Machine
     computed_s: tuple[float, ...]
     answered_s: tuple[float, ...]
@@ -76,7 +75,7 @@ def require_rank(plan: Plan, rank: int, nproc: int | None) -> None:
         raise InputError("--rank", rank, rule, [min(max(rank, 0), world - 1)])
     if nproc not in (None, 1):
         raise InputError("--nproc", nproc, "--rank runs one rank alone", [1])
-    if torchrun_rank() is not None:
+    if is_under_torchrun():
         raise InputError("--rank", rank, "runs one rank alone, and torchrun has started several")
     if plan.layout.world_size == 1:
         raise InputError("--rank", rank, "the plan has one rank: profile it without --rank")
@@ -111,7 +110,6 @@ def share_of(
     return ShareAnswer(
         plan,
         rank,
-        pp_rank,
         machine,
         tuple(whole - own for whole, own in zip(steps, answered, strict=True)),
         answered,

@@ -15,12 +15,13 @@ from meshwright.errors import InputError, MeshwrightError
 from meshwright.plan import Plan
 from meshwright.runtime.data import DataStream, open_stream
 from meshwright.runtime.journal import Journal
-from meshwright.runtime.launch import DeviceKind, is_under_torchrun, run_joined, run_local
+from meshwright.runtime.launch import DeviceKind, run_joined, run_local
 from meshwright.runtime.mesh import Mesh
 from meshwright.runtime.metrics import Record
 from meshwright.runtime.roster import RankFacts, roster
 from meshwright.runtime.step import Trainer
 from meshwright.runtime.train import Run, train
+from meshwright.torchrun import is_under_torchrun
 
 
 class Audience(Protocol):

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from meshwright.errors import InputError, MeshwrightError
 from meshwright.plan import Plan
 from meshwright.runtime.mesh import Mesh, build_mesh, single_process
+from meshwright.torchrun import is_under_torchrun
 
 DeviceKind = Literal["auto", "cpu", "cuda"]
 Work = Callable[[Mesh], None]
@@ -37,11 +38,6 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for another before it gives up: a checkpoint of a large model fits in."""
-
-
-def is_under_torchrun() -> bool:
-    """Whether somebody else has started the ranks and says so in the environment."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def require_world(plan: Plan, num_ranks: int) -> None:

@@ -18,12 +18,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from meshwright.deployment import Training
 from meshwright.plan import Plan
 from meshwright.runtime.data import DataStream, open_stream
-from meshwright.runtime.launch import DeviceKind, is_under_torchrun, run_alone, run_joined, run_local
+from meshwright.runtime.launch import DeviceKind, run_alone, run_joined, run_local
 from meshwright.runtime.mesh import Mesh
 from meshwright.runtime.profile.alone import alone
 from meshwright.runtime.profile.labels import labelled_collectives, labelled_method, labelled_modules
 from meshwright.runtime.profile.living import Living
 from meshwright.runtime.step import Trainer, inputs_of, rows_of_rank
+from meshwright.torchrun import is_under_torchrun
 
 WARMING = 2
 MOST_PROFILED = 5
@@ -47,7 +48,7 @@ class Session:
 class Profiled:
     """What one rank measured. `step_s`: seconds of each step without the profiler; `trace`: its file;
     `peak_bytes`: of living tensors, or of what a GPU's allocator gave; `answered_s`: of a rank alone, what
-    the answers to its collectives took of each step."""
+    the answers to its collectives took of each step, 0 of others."""
 
     rank: int
     step_s: tuple[float, ...]
@@ -55,7 +56,7 @@ class Profiled:
     peak_bytes: int
     gpu: str | None
     trace: Path
-    answered_s: tuple[float, ...] = ()
+    answered_s: tuple[float, ...]
 
 
 def profile_plan(plan: Plan, session: Session, device: DeviceKind) -> list[Profiled]:
@@ -66,8 +67,9 @@ def profile_plan(plan: Plan, session: Session, device: DeviceKind) -> list[Profi
     def work(mesh: Mesh) -> None:
         _rank(plan, mesh, stream, session)
 
-    if session.alone is not None:
-        run_alone(device, lambda on: _alone(plan, session.alone or 0, on, stream, session))
+    rank = session.alone
+    if rank is not None:
+        run_alone(device, lambda on: _alone(plan, rank, on, stream, session))
     elif is_under_torchrun():
         run_joined(plan, device, work)
     else:
@@ -93,8 +95,9 @@ def _rank(
     mesh: Mesh,
     stream: DataStream,
     session: Session,
-    answering: Callable[[], float] | None = None,
+    answered_since: Callable[[], float] = lambda: 0.0,
 ) -> None:
+    """Profile one rank. `answered_since`: seconds of answered collectives since it was asked last."""
     rows = rows_of_rank(plan, mesh)
     with ExitStack() as stack:
         living = None if mesh.device.type == "cuda" else stack.enter_context(Living())
@@ -107,11 +110,9 @@ def _rank(
         step()
     seconds, answered = [], []
     for _ in range(session.steps):
-        if answering is not None:
-            answering()
+        answered_since()
         seconds.append(step())
-        if answering is not None:
-            answered.append(answering())
+        answered.append(answered_since())
     trace = session.traces / f"rank{mesh.rank}.trace.json"
     profiled = _profiled(trainer, step, min(session.steps, MOST_PROFILED), trace)
     document: dict[str, Any] = {
