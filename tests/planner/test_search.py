@@ -15,7 +15,7 @@ from meshwright.planner.drafting import space_of
 from meshwright.planner.estimate import estimate
 from meshwright.planner.fitting import Fitting, columns_of
 from meshwright.planner.prices import Prices, prices
-from meshwright.planner.pricing import AtLength, Pricing
+from meshwright.planner.pricing import AtLength, Pricing, Wanted
 from meshwright.planner.search import Found, Search
 from meshwright.planner.space import Candidate, Space
 from meshwright.planner.stages import stages_of
@@ -79,7 +79,8 @@ def test_random_points_agree_with_one_plan_at_a_time(name: str) -> None:
         stages, columns = stages_of(space.model, pipeline), columns_of(tables, pp)
         used = Fitting(tables, pp, columns).worst_bytes(stages, choice, rows)
         pricing = Pricing([AtLength(tables, 1.0)], priced, pp, columns)
-        seconds, bounds = pricing.seconds(stages, choice, rows), pricing.bound(stages, choice, rows)
+        seconds = pricing.seconds([Wanted(stages, choice, rows)])
+        bounds = pricing.bound(stages, choice, rows)
         for row, size, time_s, bound_s in zip(rows, used, seconds, bounds, strict=True):
             plan = space.plan_of(Candidate(pipeline, choice, int(row)))
             where = f"{plan.layout} {plan.policy}"

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from tests.simulator.plans import example, plan
 
 from meshwright.errors import InputError
+from meshwright.ir.program import Program
 from meshwright.simulator import steady
 from meshwright.simulator.draws import Spread
 from meshwright.simulator.options import Options
-from meshwright.simulator.simulate import simulate
+from meshwright.simulator.simulate import Kept, simulate
 from meshwright.simulator.steady import Totals, totals
 
 SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
@@ -54,20 +55,21 @@ def test_examples_of_every_size(name: str, contention: bool, sends: bool) -> Non
 
 
 def test_what_is_not_steady_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where rounds differ every micro-batch runs; the same figures come out."""
+    """Where repetitions differ more micro-batches run, in the end all; the same figures come out."""
     asked = example("deepseek-v3-2048")
     short = totals(asked)
     ran: list[int] = []
-    run = steady._run
+    run_all = steady.run_all
 
-    def counted(program: object, options: Options, count: int) -> Totals:
-        ran.append(count)
-        return run(program, options, count)  # type: ignore[arg-type]
+    def counted(program: Program, options: Options, samples: int) -> Kept:
+        ran.append(program.plan.num_micro_batches)
+        return run_all(program, options, samples)
 
-    monkeypatch.setattr(steady, "_run", counted)
-    monkeypatch.setattr(steady, "_steady", lambda *rounds: False)
+    monkeypatch.setattr(steady, "run_all", counted)
+    monkeypatch.setattr(steady, "_further_s", lambda run, order: None)
     whole = totals(asked)
-    assert ran[-1] == asked.num_micro_batches
+    assert ran == sorted(ran)
+    assert ran[0] < ran[-1] == asked.num_micro_batches
     assert whole.step_time_s == pytest.approx(short.step_time_s, rel=1e-9)
 
 

@@ -38,6 +38,15 @@ class AtLength:
     share: float
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Candidates to be priced that share stages and choice: bases by their positions."""
+
+    stages: Stages
+    choice: Choice
+    rows: Array
+
+
 class Pricing:
     """Step times of the candidates of one pipeline degree."""
 
@@ -48,30 +57,43 @@ class Pricing:
         self._tails: dict[tuple[Any, ...], tuple[Array, Array]] = {}
         self._layouts, self._layout_of = _distinct_layouts(columns.bases)
 
-    def seconds(self, stages: Stages, choice: Choice, rows: Array) -> Array:
-        """Seconds of a step, for some bases by their positions."""
-        total = np.zeros(len(rows))
+    def seconds(self, wanted: Sequence[Wanted]) -> Array:
+        """Seconds of a step, one part after the other; all parts have pipelines of one shape."""
+        total = np.zeros(sum(len(one.rows) for one in wanted))
         for position, at in enumerate(self.lengths):
             if at.share:
-                total += at.share * self.seconds_at(position, stages, choice, rows)
+                total += at.share * self.seconds_at(position, wanted)
         return total
 
-    def seconds_at(self, position: int, stages: Stages, choice: Choice, rows: Array) -> Array:
+    def seconds_at(self, position: int, wanted: Sequence[Wanted]) -> Array:
         """Seconds of a step at one of the sequence lengths."""
-        pipeline, priced = stages.pipeline, self.priced
-        phases = stages.blocks @ self.lengths[position].tables.seconds(self.pp, choice, rows)
-        sent = shown_sends(priced, pipeline.vpp) * self._sends[position][rows]
+        phases = [self._phases(position, one) for one in wanted]
+        m = np.concatenate([self.columns.num_micro_batches[one.rows] for one in wanted])
+        pipeline = wanted[0].stages.pipeline
+        every = np.concatenate(phases, axis=-1)
+        pipe = pipeline_time(pipeline.schedule, pipeline.pp, pipeline.vpp, m, every)
+        ends = np.cumsum([len(one.rows) for one in wanted])[:-1]
+        slacks = np.split(pipe.slack_s, ends, axis=-1)
+        tails = [self._tails_of(one, *own) for one, *own in zip(wanted, phases, slacks, strict=True)]
+        return pipe.total_s + np.concatenate(tails)
+
+    def _phases(self, position: int, wanted: Wanted) -> Array:
+        """Seconds by phase and stage: (3, P·v, N)."""
+        stages, rows = wanted.stages, wanted.rows
+        phases = stages.blocks @ self.lengths[position].tables.seconds(self.pp, wanted.choice, rows)
+        sent = shown_sends(self.priced, stages.pipeline.vpp) * self._sends[position][rows]
         phases[0] += stages.sends[:, :1] * sent
         phases[1] += stages.sends[:, 1:] * sent
-        m = self.columns.num_micro_batches[rows]
-        pipe = pipeline_time(pipeline.schedule, pipeline.pp, pipeline.vpp, m, phases)
-        comm, optimizer = [], []
-        for rank in range(pipeline.pp):
-            row, updating = self._tail(stages, rank, choice.zero_stage)
-            where = self._layout_of[rows]
+        return phases
+
+    def _tails_of(self, wanted: Wanted, phases: Array, slack_s: Array) -> Array:
+        """Seconds of a step beside its micro-batches."""
+        comm, optimizer, where = [], [], self._layout_of[wanted.rows]
+        for rank in range(self.pp):
+            row, updating = self._tail(wanted.stages, rank, wanted.choice.zero_stage)
             comm.append(StepComm(*(column[where] for column in row)))
             optimizer.append(updating[where])
-        return pipe.total_s + sum(tail(stages.ranks, comm, optimizer, priced, phases, pipe.slack_s))
+        return sum(tail(wanted.stages.ranks, comm, optimizer, self.priced, phases, slack_s))
 
     def bound(self, stages: Stages, choice: Choice, rows: Array) -> Array:
         """Seconds that a step cannot take less than: the fullest rank's work; and under GPipe and 1F1B with

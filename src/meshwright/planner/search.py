@@ -21,17 +21,17 @@ import numpy as np
 
 from meshwright.planner.fitting import Fitting, columns_of
 from meshwright.planner.prices import Prices
-from meshwright.planner.pricing import AtLength, Pricing
+from meshwright.planner.pricing import AtLength, Pricing, Wanted
 from meshwright.planner.space import Candidate, Choice, Pipeline, Space
 from meshwright.planner.stages import Stages, stages_of
 from meshwright.planner.tables import PER_RANK
 
 Array = Any
 CHUNK = 8192
-"""Candidates priced in one call: bounds the memory of a search."""
+"""Candidates priced in one call, or a few more: bounds the memory of a search."""
 FIRST = 512
 """Candidates of the lowest bounds that are priced first, to know what a good time is."""
-AT_LEAST = 2**18
+AT_LEAST = 2**17
 """Candidates that are priced where so many fit: all of a small space, and a fraction of a second in a large
 one."""
 AHEAD = 64
@@ -230,8 +230,7 @@ class Search:
                 lowest = np.sort(np.argpartition(points.bounds, count)[:count])
                 self._price(points, lowest[~np.isfinite(points.seconds[lowest])])
             self.report(0.8)
-        for batch, chosen in points.by_batch(_unpriced(points, points.bounds <= self._limit)):
-            self._price_of(points, batch, chosen[points.bounds[chosen] <= self._limit])
+        self._price(points, _unpriced(points, points.bounds <= self._limit))
         self.report(0.9)
         steps = self._steps(points.bytes)
         while True:
@@ -248,16 +247,19 @@ class Search:
         return max(float(self._best[-1]), float(self._best[0]) * self.reach)
 
     def _price(self, points: Points, chosen: Array) -> None:
-        for batch, positions in points.by_batch(chosen):
-            self._price_of(points, batch, positions)
+        """Price points, those of pipelines of one shape together."""
+        for batches in _of_one_shape(points.by_batch(chosen)):
+            self._price_of(points, batches)
 
-    def _price_of(self, points: Points, batch: _Batch, positions: Array) -> None:
-        """Price points of one batch; keep the best times, and the fastest at each step of memory."""
-        if not len(positions):
-            return
-        pricing, stages = self._pricing[batch.pipeline.pp], self._stages[batch.pipeline]
-        seconds = pricing.seconds(stages, batch.choice, points.rows[positions])
-        points.seconds[positions] = seconds
+    def _price_of(self, points: Points, batches: list[tuple[_Batch, Array]]) -> None:
+        """Price points of batches; keep the best times, and the fastest at each step of memory."""
+        pricing = self._pricing[batches[0][0].pipeline.pp]
+        wanted = [
+            Wanted(self._stages[batch.pipeline], batch.choice, points.rows[positions])
+            for batch, positions in batches
+        ]
+        positions = np.concatenate([own for _, own in batches])
+        points.seconds[positions] = seconds = pricing.seconds(wanted)
         self._best = np.sort(np.concatenate([self._best, seconds]))[: self.wanted]
         np.minimum.at(self._fastest, self._steps(points.bytes[positions]), seconds)
         self._fastest = np.minimum.accumulate(self._fastest)
@@ -270,6 +272,21 @@ class Search:
         steps = self._steps(points.bytes[ordered])
         least = np.minimum.accumulate(np.concatenate([[MEMORY_STEPS + 1], steps]))[:-1]
         return ordered[steps < least]
+
+
+def _of_one_shape(parts: Iterator[tuple[_Batch, Array]]) -> Iterator[list[tuple[_Batch, Array]]]:
+    """Parts of batches whose pipelines have the same schedule and as many ranks and chunks, at most CHUNK
+    candidates and one part more at a time: an order is run once for all of them."""
+    open_parts: dict[tuple[str, int, int], list[tuple[_Batch, Array]]] = {}
+    for batch, positions in parts:
+        if not len(positions):
+            continue
+        pipeline = batch.pipeline
+        shape = pipeline.schedule, pipeline.pp, pipeline.vpp
+        open_parts.setdefault(shape, []).append((batch, positions))
+        if sum(len(own) for _, own in open_parts[shape]) >= CHUNK:
+            yield open_parts.pop(shape)
+    yield from open_parts.values()
 
 
 def _unpriced(points: Points, wanted: Array) -> Array:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TypeVar
 
 from meshwright.ir.schedule import Action, ActionKind, Schedule
@@ -136,6 +137,7 @@ class _Sweep:
         self.arrived: dict[int, float] = {}
         self.made_by: dict[int, tuple[int, int]] = {}
         self.waiting: dict[int, list[int]] = {}
+        self.worked: dict[tuple[object, ...], _Worked] = {}
         self.heap: list[tuple[float, int, int, int]] = []
         self.order = 0
 
@@ -204,12 +206,10 @@ class _Sweep:
         kept = tuple(Flow(flow.left_s, flow.tier, flow.key) for flow in flows)
         end, shown = now, self.sent(action)
         if flows and self.work.lines is not None:
-            end, arrived = work_through(self.lines(action), flows, now)
-            self.settle_arrivals(rank, arrived)
+            end = self.work_beside(rank, self.lines(action), now)
             for _, send in shown:
                 if send is not None and send.shown_s:
-                    end, arrived = work_through([_sending(send)], flows, end)
-                    self.settle_arrivals(rank, arrived)
+                    end = self.work_beside(rank, [_sending(send)], end)
         else:
             end += self.seconds(action) + sum(send.shown_s for _, send in shown if send is not None)
             kept = ()
@@ -225,6 +225,23 @@ class _Sweep:
         if flows:
             self.push(min(arrivals(flows, end))[0], rank, -2 - self.version[rank])
         self.try_start(rank)
+
+    def work_beside(self, rank: int, stretches: list[Stretch], now: float) -> float:
+        """Work through stretches beside the rank's flows; the end. Equal work beside equal flows goes alike,
+        and in a steady state most is equal."""
+        flows = self.flows[rank]
+        key = (tuple(map(id, stretches)), tuple((flow.left_s, flow.tier) for flow in flows))
+        known = self.worked.get(key)
+        if known is None:
+            moved = [Flow(flow.left_s, flow.tier, place) for place, flow in enumerate(flows)]
+            took, arrived = work_through(stretches, moved, 0.0)
+            known = _Worked(stretches, took, arrived, [(flow.key, flow.left_s) for flow in moved])
+            if len(self.worked) < _KEPT:
+                self.worked[key] = known
+        keys = [flow.key for flow in flows]
+        flows[:] = [Flow(left, flows[place].tier, keys[place]) for place, left in known.left]
+        self.settle_arrivals(rank, [(now + after, keys[place]) for after, place in known.arrived])
+        return now + known.took_s
 
     def land(self, rank: int, now: float) -> None:
         """The first of an idle rank's flows is through."""
@@ -293,6 +310,19 @@ class _Sweep:
         return made
 
 
+@dataclass(frozen=True, slots=True)
+class _Worked:
+    """How work went beside flows: seconds, flows that arrived after how long, and what is left of the others,
+    each by its place. `stretches` are kept so that their identities stay theirs."""
+
+    stretches: list[Stretch]
+    took_s: float
+    arrived: list[tuple[float, int]]
+    left: list[tuple[int, float]]
+
+
+_KEPT = 4096
+"""Pieces of work that are remembered: far more than a steady state has, and few where all are drawn."""
 _START = -1
 _LATER = 1 << 60
 _GRADIENT = (ActionKind.BACKWARD, ActionKind.WEIGHT_GRADIENT)
@@ -316,5 +346,6 @@ def _simple_lines(action: Action, lines: Lines[LineT]) -> list[LineT]:
     ]
 
 
+@lru_cache(maxsize=1024)
 def _sending(send: Send) -> Stretch:
     return Stretch(((send.shown_s, send.tier),), (), 0.0, send.shown_s)

@@ -1,40 +1,40 @@
 """How long a step takes, simulated as far as it changes: many micro-batches by their steady state.
 
 A pipeline whose micro-batches are alike comes to a state in which each further round of them takes the same
-time, so that a long step is a short one and so many rounds more. That is checked, not taken on trust: two
-rounds in a row must take the same, and as long as the fullest rank works. The step time is a maximum of sums
-that grow with the micro-batches, hence convex in their number, and a rank's own work is the steepest of them
-unless ranks wait for one another in a circle. Where the check fails every micro-batch is run.
+time, so that a long step is a short one and so many rounds more. That is checked, not taken on trust: of two
+repetitions of the order in a row (`planner/slots.py`) every action of the second must end, and everything
+that it sends arrive, later than in the first by one and the same time. Then so does a third, and all that
+follows. Where the check fails more micro-batches are run, in the end every one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from meshwright.errors import InputError
-from meshwright.ir.orders import num_rounds
 from meshwright.ir.program import Program
 from meshwright.plan import Plan
-from meshwright.policy import CHUNKED_SCHEDULES, V_SCHEDULES
+from meshwright.planner.slots import SlottedOrder, period, shorter, slotted_order
 from meshwright.simulator.engine import Run
 from meshwright.simulator.options import Options
 from meshwright.simulator.simulate import lowered, run_all
 
-SAME = 1e-9
-"""Relative difference up to which two rounds take the same time."""
-_FILLED = 2
-"""Rounds after which a pipeline is filled."""
+SAME = 1e-12
+"""Share of the whole time by which two increments may differ and still be equal: rounding."""
+_FIRST_ROUNDS = 5
+"""Rounds that are run at first. In four, shared links have often not come to a steady state."""
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
     """Seconds of a simulated step: all of it, from the first start of a rank to the last end of any
-    (`running_s`), what a rank works in that on average, and the work of the fullest rank."""
+    (`running_s`), and what a rank works in that on average."""
 
     step_time_s: float
     running_s: float
     busy_s: float
-    fullest_s: float
 
     @property
     def bubble_fraction(self) -> float:
@@ -53,36 +53,56 @@ def totals(plan: Plan | Program, options: Options | None = None) -> Totals:
         rule = "micro-batches that are drawn are not alike: every one of them has to be run"
         raise InputError("options", "drawn", rule, ["simulate", "sample_steps"])
     program = lowered(plan, asked)
-    count, size = program.plan.num_micro_batches, _round_of(program.plan)
-    first = _FILLED * size + count % size
-    if count <= first + 3 * size:
-        return _run(program, asked, count)
-    short, longer, longest = (_run(program, asked, first + size * more) for more in range(3))
-    rounds = (count - first) // size
-    if _steady(short, longer, longest):
-        return _extended(short, longer, rounds)
-    return _run(program, asked, count)
+    schedule, ranks, count = (
+        program.plan.policy.schedule,
+        program.plan.layout.pp,
+        program.plan.num_micro_batches,
+    )
+    rounds = _FIRST_ROUNDS
+    while True:
+        run = shorter(schedule, ranks, count, rounds)
+        found, further = _run(_with(program, run), asked, whole=run == count)
+        if further is not None:
+            return _extended(found, further, (count - run) // period(schedule, ranks, count))
+        rounds *= 2
 
 
-def _round_of(plan: Plan) -> int:
-    """Micro-batches of a round: as many as there are ranks, or those that interleaving takes through one
-    chunk after the other, so that fewer rounds have an order too."""
-    ranks, count, schedule = plan.layout.pp, plan.num_micro_batches, plan.policy.schedule
-    if schedule in CHUNKED_SCHEDULES - V_SCHEDULES:
-        return count // num_rounds(ranks, count)
-    return ranks
-
-
-def _run(program: Program, options: Options, count: int) -> Totals:
-    """The totals with this many micro-batches."""
-    kept = run_all(_with(program, count), options, 1)
+def _run(program: Program, options: Options, whole: bool) -> tuple[Totals, Totals | None]:
+    """The totals of a program, and what each further repetition adds to them: nothing needs to be known of it
+    where the step is `whole`, and None where it is not steady."""
+    plan = program.plan
+    kept = run_all(program, options, 1)
     one, end = kept.runs[0], kept.ends[0]
-    work = [one.busy_s(rank) for rank in range(one.schedule.num_ranks)]
-    return Totals(end.total_s, _running_s(one), sum(work) / len(work), max(work))
+    ranks = range(one.schedule.num_ranks)
+    running_s = one.total_s - min(done[0].start_s for done in one.done if done)
+    found = Totals(end.total_s, running_s, sum(map(one.busy_s, ranks)) / len(ranks))
+    if whole:
+        return found, Totals(0.0, 0.0, 0.0)
+    order = slotted_order(plan.policy.schedule, plan.layout.pp, plan.layout.vpp, plan.num_micro_batches)
+    longer = _further_s(one, order)
+    if longer is None or order.repeat is None:
+        return found, None
+    works = np.zeros(len(order.previous))
+    for own, done in zip(order.by_rank, one.done, strict=True):
+        works[own] = [each.end_s - each.start_s for each in done]
+    return found, Totals(longer, longer, float(works[order.repeat.second].sum()) / len(ranks))
 
 
-def _running_s(run: Run) -> float:
-    return run.total_s - min(done[0].start_s for done in run.done if done)
+def _further_s(run: Run, order: SlottedOrder) -> float | None:
+    """Seconds by which everything of the second repetition stands behind the first, if it is the same for
+    all: ends of actions, and arrivals of the forward and of the gradient that each makes."""
+    if order.repeat is None:
+        return None
+    times = np.zeros((3, len(order.previous)))
+    for own, done in zip(order.by_rank, run.done, strict=True):
+        times[0, own] = [each.end_s for each in done]
+    gradients = run.schedule.num_stages * run.schedule.num_micro_batches
+    for key, (rank, position) in run.made_by.items():
+        times[1 + (key >= gradients), order.by_rank[rank][position]] = run.arrived_s[key]
+    longer = times[:, order.repeat.second] - times[:, order.repeat.first]
+    made = times[:, order.repeat.second] > 0
+    least, most = float(longer[made].min()), float(longer[made].max())
+    return most if most - least <= SAME * run.total_s else None
 
 
 def _with(program: Program, count: int) -> Program:
@@ -95,24 +115,10 @@ def _with(program: Program, count: int) -> Program:
     return replace(program, plan=plan.model_copy(update={"workload": workload}))
 
 
-def _steady(short: Totals, longer: Totals, longest: Totals) -> bool:
-    """Whether two rounds in a row take the same time, and no less than the fullest rank works."""
-    one, two = longer.step_time_s - short.step_time_s, longest.step_time_s - longer.step_time_s
-    ran, again = longer.running_s - short.running_s, longest.running_s - longer.running_s
-    least = longest.fullest_s - longer.fullest_s
-    scale = longest.step_time_s * SAME
-    return abs(one - two) <= scale and abs(ran - again) <= scale and two >= least - scale
-
-
-def _extended(short: Totals, longer: Totals, rounds: int) -> Totals:
-    """The short step and so many rounds more."""
-
-    def at(first: float, second: float) -> float:
-        return first + rounds * (second - first)
-
+def _extended(short: Totals, further: Totals, rounds: int) -> Totals:
+    """The short step and so many repetitions more."""
     return Totals(
-        at(short.step_time_s, longer.step_time_s),
-        at(short.running_s, longer.running_s),
-        at(short.busy_s, longer.busy_s),
-        at(short.fullest_s, longer.fullest_s),
+        short.step_time_s + rounds * further.step_time_s,
+        short.running_s + rounds * further.running_s,
+        short.busy_s + rounds * further.busy_s,
     )

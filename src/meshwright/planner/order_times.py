@@ -1,0 +1,87 @@
+"""How long the order of a pipeline takes for many sets of stage times at once: run slot by slot, by arrays.
+
+Long orders are not run to their end: they repeat themselves, and where one repetition takes every rank as
+much longer as the one before, so does each further one. That is checked for every column, and a column that
+fails it is run on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from meshwright.planner.slots import SlottedOrder, period, shorter, slotted_order
+from meshwright.policy import ScheduleName
+
+Array = Any
+SAME = 1e-12
+"""Share of the whole time by which two increments may differ and still be equal: rounding."""
+CELLS = 2**21
+"""Numbers that are held at once: bounds memory, and keeps a slot's in the cache."""
+_FIRST_ROUNDS = 4
+"""Rounds that are run at first: the fewest that hold two whole repetitions of an interleaved order."""
+
+
+def order_seconds(
+    schedule: ScheduleName, num_ranks: int, num_chunks: int, num_micro_batches: Array, stages: Array
+) -> Array:
+    """Seconds from the first start to the last end of all micro-batches, if sends took no time.
+
+    `stages` has the shape (3, S, N): forward, input-gradient and weight-gradient seconds of one micro-batch
+    by stage, for N columns. `num_micro_batches` is a number, or an array of N.
+    """
+    counts = np.broadcast_to(np.asarray(num_micro_batches, np.int64), stages.shape[-1:])
+    found = np.full(stages.shape[-1], np.nan)
+    rounds = _FIRST_ROUNDS
+    while len(left := np.flatnonzero(np.isnan(found))):
+        for run, whole, chosen in _alike(schedule, num_ranks, counts, left, rounds):
+            order = slotted_order(schedule, num_ranks, num_chunks, run)
+            each = period(schedule, num_ranks, run)
+            for part in _parts(chosen, len(order.previous)):
+                seconds, further = _run(order, stages[..., part])
+                more = 0.0 if whole else (counts[part] - run) // each * further
+                found[part] = seconds + more
+        rounds *= 2
+    return found
+
+
+def _alike(
+    schedule: ScheduleName, num_ranks: int, counts: Array, left: Array, rounds: int
+) -> Iterator[tuple[int, bool, Array]]:
+    """Columns by how many micro-batches are run for them, and whether these are all that they have."""
+    several, which = np.unique(counts[left], return_inverse=True)
+    runs = np.array([shorter(schedule, num_ranks, int(count), rounds) for count in several])
+    for run in np.unique(runs):
+        for whole in (True, False):
+            chosen = left[((runs == run) & ((several == run) == whole))[which]]
+            if len(chosen):
+                yield int(run), whole, chosen
+
+
+def _parts(chosen: Array, num_events: int) -> Iterator[Array]:
+    at_once = max(CELLS // num_events, 1)
+    for start in range(0, len(chosen), at_once):
+        yield chosen[start : start + at_once]
+
+
+def _run(order: SlottedOrder, stages: Array) -> tuple[Array, Array]:
+    """Seconds of an order by column, and of each further repetition: NaN where it does not take every rank
+    the same."""
+    forward, inner, weight = stages
+    backward = inner + weight
+    pairs = [(forward[first] + backward[second])[None] for first, second in order.pairs]
+    durations = np.concatenate([forward, inner, weight, backward, *pairs])
+    done = np.zeros((len(order.previous), durations.shape[-1]))
+    for first, last in order.slots:
+        now = done[order.previous[first:last]]
+        for inputs in order.inputs:
+            np.maximum(now, done[inputs[first:last]], out=now)
+        np.add(now, durations[order.durations[first:last]], out=done[first:last])
+    total = done[order.ends].max(axis=0)
+    if order.repeat is None:
+        return total, np.full_like(total, np.nan)
+    longer = done[order.repeat.second] - done[order.repeat.first]
+    least, most = longer.min(axis=0), longer.max(axis=0)
+    return total, np.where(most - least <= SAME * total, most, np.nan)
