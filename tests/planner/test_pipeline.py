@@ -144,9 +144,13 @@ def test_arrays_give_what_numbers_give() -> None:
         assert whole[column] == pytest.approx(alone, rel=1e-12)
 
 
-def test_bubble_and_slack_of_1f1b() -> None:
-    """(P − 1)/(m + P − 1) of the time is idle; a rank has done its last backward before the ranks above."""
-    stages = equal_stages(4, (1.0, 1.0, 1.0))
-    time = pipeline_time("1F1B", 4, 1, 8, stages[..., None])
+def test_bubble_and_ends_of_1f1b() -> None:
+    """(P − 1)/(m + P − 1) of the time is idle; a rank has done its last backward before the ranks above.
+    Where the first rank may start later all do, and what waits anyway costs nothing."""
+    stages = equal_stages(4, (1.0, 1.0, 1.0))[..., None]
+    time = pipeline_time("1F1B", 4, 1, 8, stages)
     assert float(time.bubble_fraction[0]) == pytest.approx(3 / 11)
-    assert time.slack_s[:, 0].tolist() == [0.0, 2.0, 4.0, 6.0]
+    assert (time.total_s - time.ends_s)[:, 0].tolist() == [0.0, 2.0, 4.0, 6.0]
+    later = pipeline_time("1F1B", 4, 1, 8, stages, np.array([[0.5], [1.5], [0.0], [0.0]]))
+    assert (later.ends_s - time.ends_s)[:, 0].tolist() == [0.5] * 4
+    assert float(later.bubble_fraction[0]) == pytest.approx(3 / 11)

@@ -1,4 +1,4 @@
-"""One plan's step time in closed form, with what it is made of.
+"""An estimate of one plan's step time, with what it is made of.
 
 In two steps: `measure` prices a lowered plan's tasks by the curves of kernels and links; `compose` puts the
 constants, the overlap and the pipeline on top. A fit of the constants repeats the second alone.
@@ -17,10 +17,10 @@ from meshwright.engines import engine_of
 from meshwright.ir.program import LoweredBlock, Program, lower, model_flops
 from meshwright.ir.tasks import Phase
 from meshwright.plan import Plan
-from meshwright.planner.pipeline import pipeline_time
+from meshwright.planner.pipeline import PipelineTime, pipeline_time
 from meshwright.planner.prices import Conditions, Prices, prices
 from meshwright.planner.routing import fanout_of, has_fixed_capacity, load_factor
-from meshwright.planner.step import StepComm, exposed_data, optimizer_seconds, step_comm
+from meshwright.planner.step import StepComm, data_of, optimizer_seconds, step_comm
 from meshwright.planner.times import (
     AXES,
     MICRO_BATCH_PHASES,
@@ -192,42 +192,60 @@ def compose_parts(measured: Measured, priced: Prices) -> Composed:
     stages = _stages(measured, priced)
     recompute, whole = MICRO_BATCH_PHASES.index("recompute"), stages.sum(axis=2)
     phases = np.stack([whole[:, 0], whole[:, recompute] + whole[:, 2], whole[:, 3]])
-    m = measured.num_micro_batches
-    pipe = pipeline_time(plan.policy.schedule, plan.layout.pp, plan.layout.vpp, m, phases)
-    ended = (measured.ranks, measured.comm, measured.optimizer_s)
-    data, other, optimizer = tail(*ended, priced, phases, pipe.slack_s)
+    m, layout = measured.num_micro_batches, plan.layout
+    once = once_per_step(measured.ranks, measured.comm, measured.optimizer_s, priced, phases)
+    pipe = pipeline_time(plan.policy.schedule, layout.pp, layout.vpp, m, phases, once.gather_s)
     by_rank = np.stack([stages[list(own)].sum(axis=(0, 1)) for own in measured.ranks])  # rank, part, N
     slowest = pipe.busy_s.argmax(axis=0)
     work = m * np.take_along_axis(by_rank, slowest[None, None, :], axis=0)[0]
     parts = dict(zip(_ROWS, work, strict=True))
-    parts["bubble"] = pipe.total_s - work.sum(axis=0)
+    parts["bubble"] = pipe.total_s - pipe.started_s - work.sum(axis=0)
+    data, parts["other"], parts["optimizer"] = step_ends(pipe, once, priced)
     parts["dp"] = parts["dp"] + data
-    parts["optimizer"] = optimizer
-    parts["other"] = other
     return Composed(parts, pipe.bubble_fraction)
 
 
-def tail(
+@dataclass(frozen=True, slots=True)
+class Once:
+    """Seconds of what ranks do once per step, as (P, N): gathers of parameters and reductions of gradients as
+    far as they show, scalars, and the update."""
+
+    gather_s: Array
+    reduce_s: Array
+    scalars_s: Array
+    optimizer_s: Array
+
+
+def once_per_step(
     ranks: Sequence[Sequence[int]],
     comm: Sequence[StepComm],
     optimizer_s: Sequence[Array],
     priced: Prices,
     phases: Array,
-    slack_s: Array,
-) -> tuple[Array, Array, Array]:
-    """Data-parallel communication that shows, what is left of a step, and the optimizer, on the rank where
-    they take longest together. `ranks` lists stages by rank; the search adds it up for many layouts."""
+) -> Once:
+    """What ranks do once per step, from `phases` (3, stages, N). `ranks` lists stages by rank."""
     rows = []
-    beside = priced.step_s
-    for rank, own in enumerate(ranks):
+    for own, mine, update in zip(ranks, comm, optimizer_s, strict=True):
         backward, forward = phases[1:, list(own)].sum(axis=(0, 1)), phases[0, list(own)].sum(axis=0)
-        data = exposed_data(comm[rank], priced, backward, forward, slack_s[rank])
-        other, optimizer = beside + comm[rank].other_s, priced.update * optimizer_s[rank]
-        rows.append(np.broadcast_arrays(data, other + 0.0 * data, optimizer + 0.0 * data))
-    tails = np.array(rows)  # rank, what, N
-    longest = tails.sum(axis=1).argmax(axis=0)
-    data, other, optimizer = np.take_along_axis(tails, longest[None, None, :], axis=0)[0]
-    return data, other, optimizer
+        data = data_of(mine, priced, backward, forward)
+        row = np.broadcast_arrays(data.gather_s, data.reduce_s, mine.other_s, priced.update * update, forward)
+        rows.append(row[:-1])
+    return Once(*np.moveaxis(np.array(rows), 1, 0))
+
+
+def step_ends(pipe: PipelineTime, once: Once, priced: Prices) -> tuple[Array, Array, Array]:
+    """What a step takes beside its micro-batches: communication over the data axes, what is left of it, and
+    the update.
+
+    A rank reduces when its own last backward is done. The gradients' norm is agreed on by all when the last
+    of them has reduced (`simulator/ending.py`), and then each updates.
+    """
+    agreed = (pipe.ends_s + once.reduce_s).max(axis=0)
+    data = pipe.started_s + agreed - pipe.total_s
+    after = np.stack([once.scalars_s, once.optimizer_s])
+    longest = after.sum(axis=0).argmax(axis=0)
+    scalars, optimizer = np.take_along_axis(after, longest[None, None, :], axis=1)[:, 0]
+    return data, priced.step_s + scalars, optimizer
 
 
 def shown_sends(priced: Prices, vpp: int) -> float:

@@ -24,25 +24,33 @@ _FIRST_ROUNDS = 4
 """Rounds that are run at first: the fewest that hold two whole repetitions of an interleaved order."""
 
 
-def order_seconds(
-    schedule: ScheduleName, num_ranks: int, num_chunks: int, num_micro_batches: Array, stages: Array
+def order_ends(
+    schedule: ScheduleName,
+    num_ranks: int,
+    num_chunks: int,
+    num_micro_batches: Array,
+    stages: Array,
+    ready_s: Array = 0.0,
 ) -> Array:
-    """Seconds from the first start to the last end of all micro-batches, if sends took no time.
+    """When each rank is done with all micro-batches, in seconds: (P, N).
 
-    `stages` has the shape (3, S, N): forward, input-gradient and weight-gradient seconds of one micro-batch
-    by stage, for N columns. `num_micro_batches` is a number, or an array of N.
+    `stages` has the shape (3, P·v, N): forward, input-gradient and weight-gradient seconds of one micro-batch
+    by stage, for N columns. `num_micro_batches` is a number, or an array of N; `ready_s`, when ranks may
+    start, a number or (P, N). What a stage makes is with the next one at once.
     """
-    counts = np.broadcast_to(np.asarray(num_micro_batches, np.int64), stages.shape[-1:])
-    found = np.full(stages.shape[-1], np.nan)
+    columns = stages.shape[-1]
+    counts = np.broadcast_to(np.asarray(num_micro_batches, np.int64), (columns,))
+    ready = np.broadcast_to(ready_s, (num_ranks, columns))
+    found = np.full((num_ranks, columns), np.nan)
     rounds = _FIRST_ROUNDS
-    while len(left := np.flatnonzero(np.isnan(found))):
+    while len(left := np.flatnonzero(np.isnan(found[0]))):
         for run, whole, chosen in _alike(schedule, num_ranks, counts, left, rounds):
             order = slotted_order(schedule, num_ranks, num_chunks, run)
             each = period(schedule, num_ranks, run)
             for part in _parts(chosen, len(order.previous)):
-                seconds, further = _run(order, stages[..., part])
+                ends, further = _run(order, stages[..., part], ready[:, part])
                 more = 0.0 if whole else (counts[part] - run) // each * further
-                found[part] = seconds + more
+                found[:, part] = ends + more
         rounds *= 2
     return found
 
@@ -66,22 +74,23 @@ def _parts(chosen: Array, num_events: int) -> Iterator[Array]:
         yield chosen[start : start + at_once]
 
 
-def _run(order: SlottedOrder, stages: Array) -> tuple[Array, Array]:
-    """Seconds of an order by column, and of each further repetition: NaN where it does not take every rank
-    the same."""
+def _run(order: SlottedOrder, stages: Array, ready: Array) -> tuple[Array, Array]:
+    """When each rank has done its order, by column, and seconds of each further repetition: NaN where it does
+    not take every rank the same."""
     forward, inner, weight = stages
     backward = inner + weight
     pairs = [(forward[first] + backward[second])[None] for first, second in order.pairs]
     durations = np.concatenate([forward, inner, weight, backward, *pairs])
-    done = np.zeros((len(order.previous), durations.shape[-1]))
+    done = np.empty((len(order.previous), durations.shape[-1]))
+    done[: len(ready)] = ready
     for first, last in order.slots:
         now = done[order.previous[first:last]]
         for inputs in order.inputs:
             np.maximum(now, done[inputs[first:last]], out=now)
         np.add(now, durations[order.durations[first:last]], out=done[first:last])
-    total = done[order.ends].max(axis=0)
+    ends = done[order.ends]
     if order.repeat is None:
-        return total, np.full_like(total, np.nan)
+        return ends, np.full(ends.shape[-1], np.nan)
     longer = done[order.repeat.second] - done[order.repeat.first]
     least, most = longer.min(axis=0), longer.max(axis=0)
-    return total, np.where(most - least <= SAME * total, most, np.nan)
+    return ends, np.where(most - least <= SAME * ends.max(axis=0), most, np.nan)

@@ -1,8 +1,8 @@
 """How long a pipeline takes from the times of its stages, elementwise over layouts.
 
 P ranks, v chunks on each, m micro-batches; f, b, w are the forward, input-gradient and weight-gradient
-seconds of one micro-batch on one stage. GPipe has a closed form; the other orders are run
-(`order_times.py`), as stages are seldom equal and what their differences cost follows from no short formula.
+seconds of one micro-batch on one stage. Orders are run (`order_times.py`): stages are seldom equal, and what
+their differences cost follows from no short formula.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.ir.schedule import stage_of
-from meshwright.planner.order_times import order_seconds
+from meshwright.planner.order_times import order_ends
 from meshwright.policy import ScheduleName
 
 Array = Any
@@ -23,50 +23,43 @@ Array = Any
 class PipelineTime:
     """Seconds of a pipeline's micro-batches, elementwise.
 
-    `busy_s` by rank is the work of all micro-batches; `slack_s` by rank is how long before the pipeline's
-    end the rank's last backward is done, as far as the stages before it still need their own.
+    `started_s` is when the first rank starts, `ends_s` by rank when each is done, `busy_s` by rank the work
+    of all its micro-batches.
     """
 
-    total_s: Array
+    started_s: Array
+    ends_s: Array
     busy_s: Array
-    slack_s: Array
+
+    @property
+    def total_s(self) -> Array:
+        """When the last rank is done."""
+        return self.ends_s.max(axis=0)
 
     @property
     def bubble_fraction(self) -> Array:
-        """Mean idle share of the ranks."""
-        return 1 - self.busy_s.mean(axis=0) / self.total_s
+        """Mean idle share of the ranks while micro-batches run."""
+        return 1 - self.busy_s.mean(axis=0) / (self.total_s - self.started_s)
 
 
 def pipeline_time(
-    schedule: ScheduleName, num_ranks: int, num_chunks: int, num_micro_batches: Array, stages: Array
+    schedule: ScheduleName,
+    num_ranks: int,
+    num_chunks: int,
+    num_micro_batches: Array,
+    stages: Array,
+    ready_s: Array = 0.0,
 ) -> PipelineTime:
     """Seconds of all micro-batches of a step.
 
-    `stages` has the shape (3, P·v, N): f, b, w by stage. `num_micro_batches` may be an array of N.
+    `stages` has the shape (3, P·v, N): f, b, w by stage. `num_micro_batches` may be an array of N; `ready_s`,
+    when each rank may start, has the shape (P, N).
     """
-    f, b, w = (_by_rank(schedule, num_ranks, num_chunks, phase) for phase in stages)
-    m = np.asarray(num_micro_batches)
-    busy = m * (f + b + w).sum(axis=0)
-    backward = (b + w)[0]
-    slack = np.cumsum(backward, axis=0) - backward
+    ranks = range(num_ranks)
+    of_rank = [[stage_of(schedule, rank, chunk, num_ranks) for chunk in range(num_chunks)] for rank in ranks]
+    busy = np.asarray(num_micro_batches) * stages.sum(axis=0)[np.array(of_rank)].sum(axis=1)
+    ready = np.broadcast_to(ready_s, busy.shape)
     if num_ranks == 1:
-        total = busy[0]
-    elif schedule == "GPipe":
-        total = _gpipe(f[0], (b + w)[0], m)
-    else:
-        total = order_seconds(schedule, num_ranks, num_chunks, m, stages)
-    return PipelineTime(total, busy, slack)
-
-
-def _by_rank(schedule: ScheduleName, num_ranks: int, num_chunks: int, stages: Array) -> Array:
-    """Stage times as (chunk, rank, N)."""
-    order = [
-        [stage_of(schedule, rank, chunk, num_ranks) for rank in range(num_ranks)]
-        for chunk in range(num_chunks)
-    ]
-    return stages[np.array(order)]
-
-
-def _gpipe(f: Array, b: Array, m: Array) -> Array:
-    """All forwards, then all backwards, each a flow shop of equal jobs: Σt + (m − 1)·max t. Exact."""
-    return sum(t.sum(axis=0) + (m - 1) * t.max(axis=0) for t in (f, b))
+        return PipelineTime(ready[0], ready + busy, busy)
+    ends = order_ends(schedule, num_ranks, num_chunks, num_micro_batches, stages, ready)
+    return PipelineTime(ready[0], ends, busy)

@@ -1,7 +1,8 @@
 """The step time of many candidates of one pipeline degree at once, and a bound below it.
 
-The same functions compose a step as for one plan (`planner/estimate.py`): block times, `pipeline_time`,
-`tail`. Sequence lengths have weights: a step time is the mean over them.
+The same functions compose a step as for one plan (`planner/estimate.py`): block times,
+`once_per_step`, `pipeline_time`, `step_ends`. Sequence lengths have weights: a step time is the mean over
+them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from meshwright.ir.holding import Holding, holding
 from meshwright.ir.step import StepFacts, communication
-from meshwright.planner.estimate import shown_sends, tail
+from meshwright.planner.estimate import Once, once_per_step, shown_sends, step_ends
 from meshwright.planner.fitting import Columns, parameter_kinds
 from meshwright.planner.pipeline import pipeline_time
 from meshwright.planner.prices import Prices
@@ -27,7 +28,7 @@ from meshwright.planner.times import Running, axis_groups
 from meshwright.policy import ZeroStage
 
 Array = Any
-_COMM = ("data_s", "data_outside_s", "other_s")
+_COMM = StepComm.__slots__
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +68,14 @@ class Pricing:
 
     def seconds_at(self, position: int, wanted: Sequence[Wanted]) -> Array:
         """Seconds of a step at one of the sequence lengths."""
-        phases = [self._phases(position, one) for one in wanted]
+        parts = [self._phases(position, one) for one in wanted]
+        phases = np.concatenate(parts, axis=-1)
         m = np.concatenate([self.columns.num_micro_batches[one.rows] for one in wanted])
+        every = [self._once(one, own) for one, own in zip(wanted, parts, strict=True)]
+        once = Once(*(np.hstack([getattr(own, name) for own in every]) for name in Once.__slots__))
         pipeline = wanted[0].stages.pipeline
-        every = np.concatenate(phases, axis=-1)
-        pipe = pipeline_time(pipeline.schedule, pipeline.pp, pipeline.vpp, m, every)
-        ends = np.cumsum([len(one.rows) for one in wanted])[:-1]
-        slacks = np.split(pipe.slack_s, ends, axis=-1)
-        tails = [self._tails_of(one, *own) for one, *own in zip(wanted, phases, slacks, strict=True)]
-        return pipe.total_s + np.concatenate(tails)
+        pipe = pipeline_time(pipeline.schedule, pipeline.pp, pipeline.vpp, m, phases, once.gather_s)
+        return pipe.total_s - pipe.started_s + sum(step_ends(pipe, once, self.priced))
 
     def _phases(self, position: int, wanted: Wanted) -> Array:
         """Seconds by phase and stage: (3, P·v, N)."""
@@ -86,14 +86,13 @@ class Pricing:
         phases[1] += stages.sends[:, 1:] * sent
         return phases
 
-    def _tails_of(self, wanted: Wanted, phases: Array, slack_s: Array) -> Array:
-        """Seconds of a step beside its micro-batches."""
+    def _once(self, wanted: Wanted, phases: Array) -> Once:
         comm, optimizer, where = [], [], self._layout_of[wanted.rows]
         for rank in range(self.pp):
             row, updating = self._tail(wanted.stages, rank, wanted.choice.zero_stage)
             comm.append(StepComm(*(column[where] for column in row)))
             optimizer.append(updating[where])
-        return sum(tail(wanted.stages.ranks, comm, optimizer, self.priced, phases, slack_s))
+        return once_per_step(wanted.stages.ranks, comm, optimizer, self.priced, phases)
 
     def bound(self, stages: Stages, choice: Choice, rows: Array) -> Array:
         """Seconds that a step cannot take less than: the fullest rank's work; and under GPipe and 1F1B with

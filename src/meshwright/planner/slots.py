@@ -47,12 +47,13 @@ class Repeat:
 
 @dataclass(frozen=True, slots=True)
 class SlottedOrder:
-    """An order in slots. Events are numbered from 1, slot by slot; 0 is the start of the step.
+    """An order in slots. Events are numbered slot by slot, behind P that stand for the start of each rank.
 
     `slots` are ranges of events, `by_rank` the events of each rank, in order. Of each event, `previous` is
-    the one before it on its rank, `inputs` (up to two) those that other ranks send, `durations` its row in a
-    table of KINDS by stage; `pairs` lists the stages, forward and backward, of overlapped pairs, whose rows
-    follow. `repeat` is None where the order is too short to repeat itself.
+    the one before it on its rank, `inputs` (up to two) those that other ranks send, where there are none the
+    one before again, `durations` its row in a table of KINDS by stage; `pairs` lists the stages, forward and
+    backward, of overlapped pairs, whose rows follow. `repeat` is None where the order is too short to repeat
+    itself.
     """
 
     slots: tuple[tuple[int, int], ...]
@@ -95,19 +96,21 @@ def slotted_order(
     laid = np.array(_laid(built, pairs)).T
     by_slot = np.argsort(laid[0], kind="stable")
     number = np.zeros(len(by_slot) + 1, np.int64)  # by position as laid; the last, −1, stands for none
-    number[by_slot] = np.arange(1, len(by_slot) + 1)
+    number[by_slot] = np.arange(num_ranks, num_ranks + len(by_slot))
     slots, ranks, durations, first, last = laid[:5, by_slot]
-    waits_for = number[laid[5:, by_slot]]
-    starts = [*(np.flatnonzero(np.diff(slots, prepend=-1)) + 1).tolist(), len(slots) + 1]
-    previous, *inputs = np.pad(waits_for, ((0, 0), (1, 0)))
+    starts = [*(num_ranks + np.flatnonzero(np.diff(slots, prepend=-1))).tolist(), num_ranks + len(slots)]
+    previous, *inputs = laid[5:, by_slot]
+    previous = np.where(previous < 0, ranks, number[previous])
+    waits_for = np.stack([previous, *(np.where(own < 0, previous, number[own]) for own in inputs)])
     each = period(schedule, num_ranks, num_micro_batches)
+    of_starts = ((0, 0), (num_ranks, 0))
     return SlottedOrder(
         slots=tuple(pairwise(starts)),
-        previous=previous,
-        inputs=tuple(inputs[: 2 if pairs else 1]),
-        durations=np.pad(durations, (1, 0)),
+        previous=np.pad(waits_for, of_starts)[0],
+        inputs=tuple(np.pad(waits_for, of_starts)[1 : 3 if pairs else 2]),
+        durations=np.pad(durations, of_starts[1]),
         pairs=tuple(pairs),
-        by_rank=tuple(1 + np.flatnonzero(ranks == rank) for rank in range(num_ranks)),
+        by_rank=tuple(num_ranks + np.flatnonzero(ranks == rank) for rank in range(num_ranks)),
         repeat=_repeat(slots, ranks, np.stack([durations, first, last]), waits_for, num_chunks, each),
     )
 
@@ -183,9 +186,9 @@ def _repeat(
     num_slots, num_ranks = int(slots[-1]) + 1, int(ranks.max()) + 1
     num_stages = num_chunks * num_ranks
     grid = np.zeros((num_slots, num_ranks, 4), np.int64)  # event, duration, micro-batches
-    grid[slots, ranks] = np.stack([np.arange(1, len(slots) + 1), *what], axis=1)
+    grid[slots, ranks] = np.stack([np.arange(num_ranks, num_ranks + len(slots)), *what], axis=1)
     oldest = np.full(num_slots, num_slots)
-    np.minimum.at(oldest, slots, np.concatenate([[num_slots], slots])[waits_for].min(axis=0))
+    np.minimum.at(oldest, slots, np.concatenate([[-1] * num_ranks, slots])[waits_for].min(axis=0))
     oldest_yet = np.append(np.minimum.accumulate(oldest[::-1])[::-1], num_slots)
     for length in (per * num_chunks * period for per in _PER_PERIOD):
         fits = _fits(grid[:-length], grid[length:], period)

@@ -21,11 +21,13 @@ SMALL_BYTES = 1024
 
 @dataclass(frozen=True, slots=True)
 class StepComm:
-    """Seconds of one rank's communication once per step: over the data axes inside a node and outside, and
-    the rest."""
+    """Seconds of one rank's communication once per step: gathers of parameters and reductions of gradients
+    over the data axes, inside a node and outside, and the rest."""
 
-    data_s: Array
-    data_outside_s: Array
+    gathers_s: Array
+    gathers_outside_s: Array
+    reductions_s: Array
+    reductions_outside_s: Array
     other_s: Array
 
 
@@ -33,30 +35,42 @@ def step_comm(
     tasks: Iterable[CommTask], prices: Prices, groups: Mapping[str, Group], running: Running
 ) -> StepComm:
     """Seconds of what one rank communicates once per step."""
-    data: Array = 0.0
-    data_outside: Array = 0.0
-    other: Array = 0.0
+    gathers: list[Array] = [0.0, 0.0]
+    reductions: list[Array] = [0.0, 0.0]
+    other: list[Array] = [0.0, 0.0]
     for task in tasks:
         axis = "pipeline" if task.axis == "pp" else task.axis
-        near, far = price_collective(task, prices, {**groups, task.axis: groups[axis]}, running)
+        seconds = price_collective(task, prices, {**groups, task.axis: groups[axis]}, running)
+        kind = other
         if task.axis in DATA_AXES and np.max(task.bytes) > SMALL_BYTES:
-            data, data_outside = data + near, data_outside + far
-        else:
-            other = other + near + far
-    return StepComm(data, data_outside, other)
+            kind = gathers if task.name.startswith("parameters.") else reductions
+        kind[:] = [known + more for known, more in zip(kind, seconds, strict=True)]
+    return StepComm(gathers[0], gathers[1], reductions[0], reductions[1], sum(other))
 
 
-def exposed_data(
-    comm: StepComm, prices: Prices, backward_s: Array, forward_s: Array, slack_s: Array
-) -> Array:
-    """Gradient reduction and parameter gathering that nothing hides, on one rank.
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Seconds of one rank's data axes once per step: what shows of gathering before the first forward and of
+    reducing behind the last backward, and what of each flows beside micro-batches."""
 
-    Overlapped, they run beside the last micro-batch's backward and the next step's first forward; a rank
-    whose last backward ends before the pipeline does has that slack besides.
+    gather_s: Array
+    reduce_s: Array
+    gather_beside_s: Array
+    reduce_beside_s: Array
+
+
+def data_of(comm: StepComm, prices: Prices, backward_s: Array, forward_s: Array) -> Data:
+    """Gathers and reductions by what hides them.
+
+    Overlapped, they run beside the last micro-batch's backward and the next step's first forward; of the
+    whole, gathers and reductions show the same share.
     """
-    beside = backward_s + forward_s
-    seconds = comm.data_s + prices.network * comm.data_outside_s
-    return np.maximum(exposed(seconds, beside, prices.hidden("data")) - slack_s, 0.0)
+    gathers = comm.gathers_s + prices.network * comm.gathers_outside_s
+    whole = gathers + comm.reductions_s + prices.network * comm.reductions_outside_s
+    shown = exposed(whole, backward_s + forward_s, prices.hidden("data"))
+    share = gathers / np.where(whole > 0, whole, 1.0)
+    beside = whole - shown
+    return Data(share * shown, (1 - share) * shown, share * beside, (1 - share) * beside)
 
 
 OPTIMIZER_READS_AND_WRITES = {"adamw": 28, "sgd": 8}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from meshwright.ir.schedule import ActionKind
 from meshwright.ir.tasks import CommTask
-from meshwright.planner.step import SMALL_BYTES, StepComm, exposed_data, step_comm
+from meshwright.planner.step import SMALL_BYTES, data_of
 from meshwright.planner.times import DATA_AXES
 from meshwright.simulator.engine import Beside, Run
 from meshwright.simulator.parts import NO_TIER, tier_of
@@ -57,8 +57,7 @@ class Ending:
 def rank_steps(priced: Priced, pipeline: int) -> tuple[RankStep, ...]:
     """What each pipeline rank does once per step.
 
-    How much of reducing and gathering shows is `exposed_data`'s: the share that cannot hide, or what is
-    longer than the last backward and the first forward. Slack is not taken off: it is simulated.
+    How much of reducing and gathering shows is `data_of`'s.
     """
     return tuple(_rank_step(priced, pipeline, rank) for rank in range(priced.program.plan.layout.pp))
 
@@ -69,28 +68,18 @@ def _rank_step(priced: Priced, pipeline: int, rank: int) -> RankStep:
     backward = sum(rows(priced, kind, own, pipeline, last) for kind in _GRADIENTS)
     forward = rows(priced, ActionKind.FORWARD, own, pipeline, 0)
     comm = measured.comm[rank]
-    shown = float(exposed_data(comm, rates, backward, forward, 0.0))
-    tasks = priced.program.step[rank]
-    gathers = [task for task in tasks if task.name.startswith("parameters.")]
-    gathering = step_comm(gathers, rates, priced.groups, measured.running)
-    whole, of_gathers = _data_seconds(comm, rates.network), _data_seconds(gathering, rates.network)
-    share = of_gathers / whole if whole else 0.0
-    beside = whole - shown
+    data = data_of(comm, rates, backward, forward)
     slowdown = float(priced.slowdowns[pipeline, rank])
     return RankStep(
-        gather_s=share * shown,
-        gather_beside_s=share * beside,
-        reduce_s=(1 - share) * shown,
-        reduce_beside_s=(1 - share) * beside,
+        gather_s=float(data.gather_s),
+        gather_beside_s=float(data.gather_beside_s),
+        reduce_s=float(data.reduce_s),
+        reduce_beside_s=float(data.reduce_beside_s),
         scalars_s=float(comm.other_s),
         outside_s=rates.step_s,
         optimizer_s=float(rates.update * measured.optimizer_s[rank]) * slowdown,
-        tier=_data_tier(priced, tasks),
+        tier=_data_tier(priced, priced.program.step[rank]),
     )
-
-
-def _data_seconds(comm: StepComm, network: float) -> float:
-    return float(comm.data_s + network * comm.data_outside_s)
 
 
 def _data_tier(priced: Priced, tasks: Iterable[CommTask]) -> int:
