@@ -27,8 +27,8 @@ TITLES = {
     "moe_efa": "MoE over EFA",
 }
 APART = 0.005
-"""Relative difference beyond which closed form and simulation are said to differ."""
-_BOTH = {"closed": "held_back_s", "simulated": "simulated_s"}
+"""Relative difference beyond which estimate and simulation are said to differ."""
+_BOTH = {"estimated": "held_back_s", "simulated": "simulated_s"}
 FEWEST = 3
 """Rows of a source or GPU below which it shares a line with the others like it."""
 
@@ -99,7 +99,7 @@ def _text(kept: Kept) -> str:
 
 
 def _apart(rows: Iterable[Mapping[str, str]]) -> dict[str, float]:
-    """Rows whose closed form and simulation differ by more than APART, and the mean errors of both there."""
+    """Rows whose estimate and simulation differ by more than APART, and the mean errors of both there."""
     found = [row for row in rows if abs(float(row["simulated_s"]) / float(row["held_back_s"]) - 1) > APART]
     errors = {name: mean(abs(_error(row, key)) for row in found) for name, key in _BOTH.items()}
     return {"rows": len(found), **errors}

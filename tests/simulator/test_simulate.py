@@ -58,12 +58,10 @@ def test_the_estimate_and_the_simulation_are_one(name: str) -> None:
     assert_one(plan(*EXACT[name]) if name in EXACT else example(name), sends=False)
 
 
-ONE_CHUNK = [name for name in EXACT if EXACT[name][0].get("vpp", 1) == 1]
-
-
-@pytest.mark.parametrize("name", ONE_CHUNK)
-def test_sends_that_nothing_hides_count_alike(name: str) -> None:
-    assert_one(plan(*EXACT[name]), sends=True)
+@pytest.mark.parametrize("name", [*EXACT, *RUNNABLE])
+def test_sends_count_alike(name: str) -> None:
+    """What shows of them on the sender, and what is under way beside compute."""
+    assert_one(plan(*EXACT[name]) if name in EXACT else example(name), sends=True)
 
 
 def assert_one(asked: Plan, sends: bool) -> None:

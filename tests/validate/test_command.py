@@ -211,7 +211,7 @@ def test_progress_is_shown_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_simulated_steps_are_scored_beside(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each row's step is simulated too, and scored as the closed form is; that stays as it was."""
+    """Each row's step is simulated too, and scored as the estimate is; that stays as it was."""
     assert validate(str(CARRIED), "--json") == 0
     plain = json.loads(capsys.readouterr().out)
     assert validate(str(CARRIED), "--json", "--simulate") == 0

@@ -168,7 +168,7 @@ def test_a_half_width_holds_four_of_five_errors(spread: float) -> None:
 
 
 def test_a_fit_by_simulation_is_one_to_simulated_times() -> None:
-    """What a simulation takes beyond the closed form is known by candidate, and no part of the error."""
+    """What a simulation takes beyond the estimate is known by candidate, and no part of the error."""
     run = synthetic.run_of(row_of(**EXPERTS, pp=2, num_gpus=16, iteration_time_s=3.0))
     plain = prepare(run)
     known = simulated(plain)

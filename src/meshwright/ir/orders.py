@@ -11,10 +11,10 @@ DualPipe: arXiv:2412.19437 §3.2.1; DualPipeV is DualPipe cut in half, so that n
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 
 class ActionKind(StrEnum):
@@ -58,12 +58,18 @@ class Action:
 Order = list[Action | None]
 
 
+@lru_cache(maxsize=2**17)
+def _simple(stage: int, kind: ActionKind, micro_batch: int) -> Action:
+    """Actions are values, and orders of many pipelines share them."""
+    return Action(stage, kind, micro_batch)
+
+
 class _OrderWriter:
     """One rank's order as it is written. Every stage takes its micro-batches in turn: 0, 1, 2, …"""
 
     def __init__(self) -> None:
         self.slots: Order = []
-        self._next_micro_batch: Counter[tuple[int, ActionKind]] = Counter()
+        self._next_micro_batch: dict[tuple[int, ActionKind], int] = {}
         self._owed_weight_gradients: list[int] = []  # stages, oldest first
 
     def idle(self, num_slots: int) -> None:
@@ -94,16 +100,17 @@ class _OrderWriter:
             self.weight_gradient()
 
     def _take(self, stage: int, kind: ActionKind) -> Action:
-        micro_batch = self._next_micro_batch[stage, kind]
+        micro_batch = self._next_micro_batch.get((stage, kind), 0)
         self._next_micro_batch[stage, kind] = micro_batch + 1
-        return Action(stage, kind, micro_batch)
+        return _simple(stage, kind, micro_batch)
 
     def _take_backward(self, stage: int) -> Action:
         # A full backward takes the turn of both halves: full and split backwards may follow one another.
-        micro_batch = self._next_micro_batch[stage, ActionKind.INPUT_GRADIENT]
-        self._next_micro_batch[stage, ActionKind.INPUT_GRADIENT] += 1
-        self._next_micro_batch[stage, ActionKind.WEIGHT_GRADIENT] += 1
-        return Action(stage, ActionKind.BACKWARD, micro_batch)
+        inner, weight = (stage, ActionKind.INPUT_GRADIENT), (stage, ActionKind.WEIGHT_GRADIENT)
+        micro_batch = self._next_micro_batch.get(inner, 0)
+        self._next_micro_batch[inner] = micro_batch + 1
+        self._next_micro_batch[weight] = self._next_micro_batch.get(weight, 0) + 1
+        return _simple(stage, ActionKind.BACKWARD, micro_batch)
 
 
 def gpipe(rank: int, num_micro_batches: int) -> Order:

@@ -134,7 +134,7 @@ class Answer:
         return {
             "layout": plan.layout.degrees(),
             "policy": plan.policy.model_dump(mode="json"),
-            "closed_form_s": point.step_time_s,
+            "estimated_s": point.step_time_s,
             "peak_memory_bytes": point.peak_memory_bytes,
         }
 
@@ -156,7 +156,7 @@ def plan_deployment(
     at_least: int | None = AT_LEAST,
     taken: dict[str, str] | None = None,
 ) -> Answer:
-    """The best plans of a deployment: those that the closed form finds fastest, ranked by simulation. `taken`
+    """The best plans of a deployment: those that the estimate finds fastest, ranked by simulation. `taken`
     names values of it that nobody stated. Raises InputError, with the rule, where nothing is legal."""
     wall, cpu = time.perf_counter(), time.process_time()
     cluster, _ = deployment.cluster.resolve()
@@ -174,7 +174,7 @@ def _by_simulation(
     space: Space, lengths: Lengths, found: Found, top: int, progress: Progress
 ) -> tuple[Ranked, ...]:
     """All finalists of a search, simulated and ranked by what that says, and the first of them: the same
-    whatever number is shown, since a simulation may be faster than its closed form or slower."""
+    whatever number is shown, since a simulation may be faster than its estimate or slower."""
     finalists: list[Ranked] = []
     for position, point in enumerate(found.best):
         progress("finalists simulated", position, len(found.best))

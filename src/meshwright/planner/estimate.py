@@ -194,7 +194,8 @@ def compose_parts(measured: Measured, priced: Prices) -> Composed:
     phases = np.stack([whole[:, 0], whole[:, recompute] + whole[:, 2], whole[:, 3]])
     m, layout = measured.num_micro_batches, plan.layout
     once = once_per_step(measured.ranks, measured.comm, measured.optimizer_s, priced, phases)
-    pipe = pipeline_time(plan.policy.schedule, layout.pp, layout.vpp, m, phases, once.gather_s)
+    lags = _lags(measured, priced, phases.shape[-1])
+    pipe = pipeline_time(plan.policy.schedule, layout.pp, layout.vpp, m, phases, once.gather_s, lags)
     by_rank = np.stack([stages[list(own)].sum(axis=(0, 1)) for own in measured.ranks])  # rank, part, N
     slowest = pipe.busy_s.argmax(axis=0)
     work = m * np.take_along_axis(by_rank, slowest[None, None, :], axis=0)[0]
@@ -251,6 +252,16 @@ def step_ends(pipe: PipelineTime, once: Once, priced: Prices) -> tuple[Array, Ar
 def shown_sends(priced: Prices, vpp: int) -> float:
     """Share of a send between stages that shows: interleaving hides some of it, where the era does."""
     return 1 - (priced.hidden("pipeline") if vpp > 1 else 0.0)
+
+
+def _lags(measured: Measured, priced: Prices, columns: int) -> Array | None:
+    """For how long sends flow beside compute, by forward and gradient, stage and layout."""
+    hidden = 1 - shown_sends(priced, measured.plan.layout.vpp)
+    if not hidden:
+        return None
+    phases: tuple[Phase, Phase] = ("forward", "input_gradient")
+    flowing = [[hidden * of.get(phase, 0.0) * np.ones(columns) for of in measured.sends] for phase in phases]
+    return np.array(flowing)
 
 
 def _stages(measured: Measured, priced: Prices) -> Array:

@@ -31,12 +31,14 @@ def order_ends(
     num_micro_batches: Array,
     stages: Array,
     ready_s: Array = 0.0,
+    lags: Array | None = None,
 ) -> Array:
     """When each rank is done with all micro-batches, in seconds: (P, N).
 
     `stages` has the shape (3, P·v, N): forward, input-gradient and weight-gradient seconds of one micro-batch
     by stage, for N columns. `num_micro_batches` is a number, or an array of N; `ready_s`, when ranks may
-    start, a number or (P, N). What a stage makes is with the next one at once.
+    start, a number or (P, N); `lags` (2, P·v, N), for how long a forward, and an input gradient, is under way
+    from a stage to the next one: without, none is.
     """
     columns = stages.shape[-1]
     counts = np.broadcast_to(np.asarray(num_micro_batches, np.int64), (columns,))
@@ -48,7 +50,8 @@ def order_ends(
             order = slotted_order(schedule, num_ranks, num_chunks, run)
             each = period(schedule, num_ranks, run)
             for part in _parts(chosen, len(order.previous)):
-                ends, further = _run(order, stages[..., part], ready[:, part])
+                sent = None if lags is None else lags[..., part]
+                ends, further = _run(order, stages[..., part], ready[:, part], sent)
                 more = 0.0 if whole else (counts[part] - run) // each * further
                 found[:, part] = ends + more
         rounds *= 2
@@ -74,7 +77,7 @@ def _parts(chosen: Array, num_events: int) -> Iterator[Array]:
         yield chosen[start : start + at_once]
 
 
-def _run(order: SlottedOrder, stages: Array, ready: Array) -> tuple[Array, Array]:
+def _run(order: SlottedOrder, stages: Array, ready: Array, lags: Array | None) -> tuple[Array, Array]:
     """When each rank has done its order, by column, and seconds of each further repetition: NaN where it does
     not take every rank the same."""
     forward, inner, weight = stages
@@ -83,10 +86,14 @@ def _run(order: SlottedOrder, stages: Array, ready: Array) -> tuple[Array, Array
     durations = np.concatenate([forward, inner, weight, backward, *pairs])
     done = np.empty((len(order.previous), durations.shape[-1]))
     done[: len(ready)] = ready
+    under_way = None if lags is None else np.concatenate([*lags, np.zeros((1, lags.shape[-1]))])
     for first, last in order.slots:
         now = done[order.previous[first:last]]
-        for inputs in order.inputs:
-            np.maximum(now, done[inputs[first:last]], out=now)
+        for inputs, sent in zip(order.inputs, order.lags, strict=True):
+            arrived = done[inputs[first:last]]
+            if under_way is not None:
+                arrived += under_way[sent[first:last]]
+            np.maximum(now, arrived, out=now)
         np.add(now, durations[order.durations[first:last]], out=done[first:last])
     ends = done[order.ends]
     if order.repeat is None:

@@ -49,11 +49,13 @@ def pipeline_time(
     num_micro_batches: Array,
     stages: Array,
     ready_s: Array = 0.0,
+    lags: Array | None = None,
 ) -> PipelineTime:
     """Seconds of all micro-batches of a step.
 
     `stages` has the shape (3, P·v, N): f, b, w by stage. `num_micro_batches` may be an array of N; `ready_s`,
-    when each rank may start, has the shape (P, N).
+    when each rank may start, has the shape (P, N); `lags`, for how long what a stage makes flows to the next
+    one beside compute, (2, P·v, N): forwards, and input gradients.
     """
     ranks = range(num_ranks)
     of_rank = [[stage_of(schedule, rank, chunk, num_ranks) for chunk in range(num_chunks)] for rank in ranks]
@@ -61,5 +63,5 @@ def pipeline_time(
     ready = np.broadcast_to(ready_s, busy.shape)
     if num_ranks == 1:
         return PipelineTime(ready[0], ready + busy, busy)
-    ends = order_ends(schedule, num_ranks, num_chunks, num_micro_batches, stages, ready)
+    ends = order_ends(schedule, num_ranks, num_chunks, num_micro_batches, stages, ready, lags)
     return PipelineTime(ready[0], ends, busy)

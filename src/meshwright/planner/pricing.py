@@ -74,7 +74,8 @@ class Pricing:
         every = [self._once(one, own) for one, own in zip(wanted, parts, strict=True)]
         once = Once(*(np.hstack([getattr(own, name) for own in every]) for name in Once.__slots__))
         pipeline = wanted[0].stages.pipeline
-        pipe = pipeline_time(pipeline.schedule, pipeline.pp, pipeline.vpp, m, phases, once.gather_s)
+        shape, lags = (pipeline.schedule, pipeline.pp, pipeline.vpp), self._lags(position, wanted)
+        pipe = pipeline_time(*shape, m, phases, once.gather_s, lags)
         return pipe.total_s - pipe.started_s + sum(step_ends(pipe, once, self.priced))
 
     def _phases(self, position: int, wanted: Wanted) -> Array:
@@ -85,6 +86,15 @@ class Pricing:
         phases[0] += stages.sends[:, :1] * sent
         phases[1] += stages.sends[:, 1:] * sent
         return phases
+
+    def _lags(self, position: int, wanted: Sequence[Wanted]) -> Array | None:
+        """For how long sends flow beside compute: (2, P·v, N)."""
+        hidden = 1 - shown_sends(self.priced, wanted[0].stages.pipeline.vpp)
+        if not hidden:
+            return None
+        sends = self._sends[position]
+        flowing = [one.stages.sends.T[..., None] * (hidden * sends[one.rows]) for one in wanted]
+        return np.concatenate(flowing, axis=-1)
 
     def _once(self, wanted: Wanted, phases: Array) -> Once:
         comm, optimizer, where = [], [], self._layout_of[wanted.rows]

@@ -34,7 +34,7 @@ class SimulatedTime:
 class Ranked:
     """A plan, estimated.
 
-    `step` is its closed form and `simulated` what an event-by-event simulation says, both the mean over the
+    `step` is its estimate and `simulated` what an event-by-event simulation says, both the mean over the
     lengths that it is ranked on; `at_ends` are the simulated step times in seconds at the shortest and the
     longest length, empty where there is one length.
     """
@@ -54,7 +54,7 @@ class Ranked:
 
     @property
     def parts(self) -> dict[str, float]:
-        """Seconds of a step by part, which add up to it: those of the closed form, and what the simulation
+        """Seconds of a step by part, which add up to it: those of the estimate, and what the simulation
         finds beyond it (links that several transfers share, stages of different length)."""
         return {**self.step.parts, "simulated": self.step_time_s - self.step.total_s}
 
@@ -128,7 +128,7 @@ class Ranked:
             ],
             "may_run_out_of_memory": self.tight,
             "confidence": self.confidence.document(),
-            "closed_form_s": self.step.total_s,
+            "estimated_s": self.step.total_s,
             "parts_s": self.parts,
             "step_time_at_s": {str(length): seconds for length, seconds in self.at_ends.items()},
             "num_micro_batches": plan.num_micro_batches,

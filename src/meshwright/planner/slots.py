@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -52,13 +52,15 @@ class SlottedOrder:
     `slots` are ranges of events, `by_rank` the events of each rank, in order. Of each event, `previous` is
     the one before it on its rank, `inputs` (up to two) those that other ranks send, where there are none the
     one before again, `durations` its row in a table of KINDS by stage; `pairs` lists the stages, forward and
-    backward, of overlapped pairs, whose rows follow. `repeat` is None where the order is too short to repeat
-    itself.
+    backward, of overlapped pairs, whose rows follow. `lags` are the rows of what sends the inputs in a table
+    of forwards and of gradients by stage, whose last row is for none. `repeat` is None where the order is too
+    short to repeat itself.
     """
 
     slots: tuple[tuple[int, int], ...]
     previous: Array
     inputs: tuple[Array, ...]
+    lags: tuple[Array, ...]
     durations: Array
     pairs: tuple[tuple[int, int], ...]
     by_rank: tuple[Array, ...]
@@ -91,90 +93,113 @@ def slotted_order(
     schedule: ScheduleName, num_ranks: int, num_chunks: int, num_micro_batches: int
 ) -> SlottedOrder:
     """The order of `build_schedule` in slots. Raises InputError as that does."""
-    built = build_schedule(schedule, num_ranks, num_micro_batches, num_chunks)
-    pairs: dict[tuple[int, int], int] = {}
-    laid = np.array(_laid(built, pairs)).T
-    by_slot = np.argsort(laid[0], kind="stable")
-    number = np.zeros(len(by_slot) + 1, np.int64)  # by position as laid; the last, −1, stands for none
+    laid = _laid(build_schedule(schedule, num_ranks, num_micro_batches, num_chunks))
+    by_slot = np.argsort(laid.slots, kind="stable")
+    number = np.zeros(len(by_slot), np.int64)
     number[by_slot] = np.arange(num_ranks, num_ranks + len(by_slot))
-    slots, ranks, durations, first, last = laid[:5, by_slot]
+    slots, ranks = laid.slots[by_slot], laid.ranks[by_slot]
     starts = [*(num_ranks + np.flatnonzero(np.diff(slots, prepend=-1))).tolist(), num_ranks + len(slots)]
-    previous, *inputs = laid[5:, by_slot]
-    previous = np.where(previous < 0, ranks, number[previous])
+    before, *inputs = laid.waits_for[:, by_slot]
+    previous = np.where(before < 0, ranks, number[before])
     waits_for = np.stack([previous, *(np.where(own < 0, previous, number[own]) for own in inputs)])
+    what = np.stack([laid.durations, *laid.micro_batches])[:, by_slot]
     each = period(schedule, num_ranks, num_micro_batches)
     of_starts = ((0, 0), (num_ranks, 0))
     return SlottedOrder(
         slots=tuple(pairwise(starts)),
         previous=np.pad(waits_for, of_starts)[0],
-        inputs=tuple(np.pad(waits_for, of_starts)[1 : 3 if pairs else 2]),
-        durations=np.pad(durations, of_starts[1]),
-        pairs=tuple(pairs),
+        inputs=tuple(np.pad(waits_for, of_starts)[1:]),
+        lags=tuple(np.pad(laid.lags[:, by_slot], of_starts)),
+        durations=np.pad(what[0], of_starts[1]),
+        pairs=laid.pairs,
         by_rank=tuple(num_ranks + np.flatnonzero(ranks == rank) for rank in range(num_ranks)),
-        repeat=_repeat(slots, ranks, np.stack([durations, first, last]), waits_for, num_chunks, each),
+        repeat=_repeat(slots, ranks, what, waits_for, num_chunks, each),
     )
 
 
-def _laid(schedule: Schedule, pairs: dict[tuple[int, int], int]) -> list[tuple[int, ...]]:
-    """Every action in the first slot after all that it waits for: slot, rank, row of durations, micro-batches
-    of its first and its last part, and positions in this list, −1 for none, of the action before on its rank
-    and of its inputs. What its own rank has made stands before it in any case. `pairs` is filled in."""
-    steps = [[_step(action, schedule, pairs) for action in schedule.actions(r)] for r in _ranks(schedule)]
-    laid: list[tuple[int, ...]] = []
-    made: dict[int, int] = {}
-    waiting: dict[int, int] = {}
-    latest, done = [-1] * schedule.num_ranks, [0] * schedule.num_ranks
-    runnable = deque(_ranks(schedule))
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """A schedule's actions, rank after rank, as arrays by position.
+
+    `slots` is the first one after all that an action waits for. `waits_for` has rows of positions, −1 for
+    none: the action before on its rank, and its inputs, whose rows in the table of lags are in `lags`.
+    `micro_batches` has a row for the first part of actions, and one for the last.
+    """
+
+    slots: Array
+    ranks: Array
+    durations: Array
+    micro_batches: Array
+    pairs: tuple[tuple[int, int], ...]
+    waits_for: Array
+    lags: Array
+
+
+def _laid(schedule: Schedule) -> _Laid:
+    """Lay out a schedule. What an action's own rank has made stands before it in any case."""
+    by_rank = [list(schedule.actions(rank)) for rank in range(schedule.num_ranks)]
+    actions = [action for own in by_rank for action in own]
+    first, last = ([action.simple_actions[end] for action in actions] for end in (0, -1))
+    (kind, stage, count), (last_kind, last_stage, last_count) = _columns(first), _columns(last)
+    is_pair = np.array([bool(action.parts) for action in actions])
+    num_stages, place = schedule.num_stages, np.arange(len(actions))
+    made = np.full((2, num_stages + 2, schedule.num_micro_batches), -1)  # stages from 1, with none beyond
+    forwards, gradients = kind == _ROW[ActionKind.FORWARD], last_kind != _ROW[ActionKind.WEIGHT_GRADIENT]
+    gradients &= last_kind != _ROW[ActionKind.FORWARD]
+    made[0, stage[forwards] + 1, count[forwards]] = place[forwards]
+    made[1, last_stage[gradients] + 1, last_count[gradients]] = place[gradients]
+    from_before, from_behind = made[0, stage, count], made[1, last_stage + 2, last_count]
+    inputs = [np.where(forwards, from_before, np.where(gradients, from_behind, -1))]
+    lags = [np.where(forwards, stage - 1, num_stages + stage + 1)]
+    pairs, which = np.unique(np.stack([stage, last_stage])[:, is_pair], axis=1, return_inverse=True)
+    durations = kind * num_stages + stage
+    if is_pair.any():
+        durations[is_pair] = len(KINDS) * num_stages + which
+        inputs.append(np.where(is_pair, from_behind, -1))
+        lags.append(num_stages + last_stage + 1)
+    ends = np.cumsum([len(own) for own in by_rank])
+    before = np.where(np.isin(place, [0, *ends]), -1, place - 1)
+    return _Laid(
+        slots=np.array(_slots([own.tolist() for own in inputs], ends.tolist())),
+        ranks=np.repeat(np.arange(len(by_rank)), [len(own) for own in by_rank]),
+        durations=durations,
+        micro_batches=np.stack([count, last_count]),
+        pairs=tuple(zip(*pairs.tolist(), strict=True)),
+        waits_for=np.stack([before, *inputs]),
+        lags=np.where(np.stack(inputs) < 0, 2 * num_stages, np.stack(lags)),
+    )
+
+
+def _columns(actions: list[Action]) -> Array:
+    """Row of kind, stage and micro-batch of simple actions."""
+    return np.array([(_ROW[action.kind], action.stage, action.micro_batch) for action in actions]).T
+
+
+def _slots(inputs: list[list[int]], ends: list[int]) -> list[int]:
+    """The first slot for each position after those of its inputs and of the one before on its rank, whose
+    positions end at `ends`."""
+    slots = [-1] * ends[-1]
+    at, waiting = [0, *ends[:-1]], dict[int, list[int]]()
+    free = [-1] * len(ends)
+    runnable = deque(range(len(ends)))
     while runnable:
         rank = runnable.popleft()
-        for duration, micro_batches, needs, makes in islice(steps[rank], done[rank], None):
-            inputs = [made.get(key, -1) for key in needs]
-            if -1 in inputs:
-                waiting[needs[inputs.index(-1)]] = rank
+        for position in range(at[rank], ends[rank]):
+            slot, missing = free[rank], None
+            for own in inputs:
+                needed = own[position]
+                if needed >= 0:
+                    if slots[needed] < 0:
+                        missing = needed
+                    slot = max(slot, slots[needed])
+            if missing is not None:
+                waiting.setdefault(missing, []).append(rank)
                 break
-            before, position = latest[rank], len(laid)
-            slot = 1 + max([laid[other][0] for other in (before, *inputs) if other >= 0], default=-1)
-            one, two = inputs if len(inputs) == 2 else (*inputs, -1, -1)[:2]
-            laid.append((slot, rank, duration, *micro_batches, before, one, two))
-            latest[rank] = position
-            done[rank] += 1
-            for key in makes:
-                made[key] = position
-                if key in waiting:
-                    runnable.append(waiting.pop(key))
-    return laid
-
-
-def _ranks(schedule: Schedule) -> range:
-    return range(schedule.num_ranks)
-
-
-_Step = tuple[int, tuple[int, int], list[int], list[int]]
-
-
-def _step(action: Action, schedule: Schedule, pairs: dict[tuple[int, int], int]) -> _Step:
-    """The row of an action in the table of durations, micro-batches of its first and last part, and keys of
-    what other stages must have made before it and of what it makes: forwards, then input gradients."""
-    stages, count = schedule.num_stages, schedule.num_micro_batches
-    parts = action.parts or (action,)
-    needs, makes = [], []
-    for part in parts:
-        key = part.stage * count + (part.micro_batch or 0)
-        if part.kind is ActionKind.FORWARD:
-            makes.append(key)
-            if part.stage:
-                needs.append(key - count)
-        elif part.kind is not ActionKind.WEIGHT_GRADIENT:
-            key += stages * count
-            makes.append(key)
-            if part.stage < stages - 1:
-                needs.append(key + count)
-    if action.parts:
-        pair = parts[0].stage, parts[1].stage
-        row = len(KINDS) * stages + pairs.setdefault(pair, len(pairs))
-    else:
-        row = _ROW[action.kind] * stages + action.stage
-    return row, (parts[0].micro_batch or 0, parts[-1].micro_batch or 0), needs, makes
+            slots[position] = free[rank] = slot + 1
+            at[rank] = position + 1
+            if position in waiting:
+                runnable.extend(waiting.pop(position))
+    return slots
 
 
 def _repeat(

@@ -140,7 +140,7 @@ def _show_front(answer: Answer, console: Console) -> None:
     if len(front) < 2:
         return
     console.print()
-    title = f"Less memory, more time (closed form; in {MEMORY_STEPS}ths of the GPU's memory)"
+    title = f"Less memory, more time (estimated; in {MEMORY_STEPS}ths of the GPU's memory)"
     console.print(Text(title, style="bold"))
     table = figures_table("memory", "step", CHOICE)
     kept = (

@@ -29,7 +29,7 @@ _SPREAD_80 = 1.2816
 class Prepared:
     """A run whose candidates are priced by curves, so that only the constants are left to choose.
 
-    `beyond` is the logarithm of what a simulation takes over the closed form, by candidate, under constants
+    `beyond` is the logarithm of what a simulation takes over the estimate, by candidate, under constants
     near those to be chosen: with it a fit is one to simulated step times, which it could not afford to run.
     """
 
@@ -90,7 +90,7 @@ def simulated_times(prepared: Prepared, values: Constants | None = None) -> list
 
 def log_time(prepared: Prepared, values: Constants | None = None) -> Array:
     """Natural logarithm of the median candidate's step time, by set of constants; simulated where it is known
-    how far that lies beyond the closed form."""
+    how far that lies beyond the estimate."""
     logs = np.log(step_times(prepared, values))
     if prepared.beyond:
         logs = logs + np.array(prepared.beyond)[:, None]
@@ -98,7 +98,7 @@ def log_time(prepared: Prepared, values: Constants | None = None) -> Array:
 
 
 def simulated(prepared: Prepared, values: Constants | None = None) -> Prepared:
-    """The run with how far its simulated steps lie beyond the closed form."""
+    """The run with how far its simulated steps lie beyond the estimate."""
     closed = step_times(prepared, values)[:, 0]
     found = np.log(simulated_times(prepared, values)) - np.log(closed)
     return replace(prepared, beyond=tuple(found.tolist()))

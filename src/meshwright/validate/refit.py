@@ -171,7 +171,7 @@ def _likes(run: Run) -> tuple[str, str]:
 
 
 def refit(table: Table, base: Constants, progress: Progress = unheard, by_simulation: bool = False) -> Refit:
-    """Fit the constants on a table's timed runs, and again without each fold of recipes: to the closed form,
+    """Fit the constants on a table's timed runs, and again without each fold of recipes: to the estimate,
     or `by_simulation` to simulated step times.
 
     Raises InputError where there are too few to tell.

@@ -24,7 +24,7 @@ TIE = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What is predicted of one run: seconds of a step in closed form with an 80 % interval, and peak bytes of
+    """What is predicted of one run: estimated seconds of a step with an 80 % interval, and peak bytes of
     the worst GPU in the measurement's own view; seconds of the simulated step where it was asked for."""
 
     id: str
@@ -36,7 +36,7 @@ class Prediction:
     simulated_s: float | None = None
 
     def as_simulated(self) -> Prediction:
-        """The simulated step time in place of the closed form, in an interval of the same width in
+        """The simulated step time in place of the estimate, in an interval of the same width in
         logarithms. One that was not simulated raises ValueError."""
         if self.simulated_s is None:
             raise ValueError(f"{self.id} was not simulated")
