@@ -257,7 +257,7 @@ def shown_sends(priced: Prices, vpp: int) -> float:
 def _lags(measured: Measured, priced: Prices, columns: int) -> Array | None:
     """For how long sends flow beside compute, by forward and gradient, stage and layout."""
     hidden = 1 - shown_sends(priced, measured.plan.layout.vpp)
-    if not hidden:
+    if not np.any(hidden):
         return None
     phases: tuple[Phase, Phase] = ("forward", "input_gradient")
     flowing = [[hidden * of.get(phase, 0.0) * np.ones(columns) for of in measured.sends] for phase in phases]

@@ -90,7 +90,7 @@ class Pricing:
     def _lags(self, position: int, wanted: Sequence[Wanted]) -> Array | None:
         """For how long sends flow beside compute: (2, P·v, N)."""
         hidden = 1 - shown_sends(self.priced, wanted[0].stages.pipeline.vpp)
-        if not hidden:
+        if not np.any(hidden):
             return None
         sends = self._sends[position]
         flowing = [one.stages.sends.T[..., None] * (hidden * sends[one.rows]) for one in wanted]
