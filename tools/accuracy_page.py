@@ -98,11 +98,16 @@ def _text(kept: Kept) -> str:
     )
 
 
-def _apart(rows: Iterable[Mapping[str, str]]) -> dict[str, float]:
+def _apart(rows: Sequence[Mapping[str, str]]) -> dict[str, float]:
     """Rows whose estimate and simulation differ by more than APART, and the mean errors of both there."""
-    found = [row for row in rows if abs(float(row["simulated_s"]) / float(row["held_back_s"]) - 1) > APART]
+    found = [row for row in rows if _distance(row) > APART]
     errors = {name: mean(abs(_error(row, key)) for row in found) for name, key in _BOTH.items()}
-    return {"rows": len(found), **errors}
+    return {"rows": len(found), "largest": max(map(_distance, rows)), **errors}
+
+
+def _distance(row: Mapping[str, str]) -> float:
+    """How far a row's simulation lies from its estimate."""
+    return abs(float(row["simulated_s"]) / float(row["held_back_s"]) - 1)
 
 
 def _summaries(
