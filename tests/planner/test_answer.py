@@ -73,7 +73,7 @@ def test_plans_are_legal_and_ranked_by_simulation(answer: Answer) -> None:
 
 
 def test_simulation_decides_among_finalists() -> None:
-    """Sends that take their time beside compute, and links that transfers share, change the order."""
+    """Links that transfers share change the order."""
     given, _ = described("deepseek-v3", "h100-sxm", 512, None, None, ("layout.tp=4", "layout.pp=16"))
     found = plan_deployment(given, 10)
     times = [plan.step_time_s for plan in found.plans]
