@@ -68,6 +68,14 @@ def test_a_blank_recompute_is_none_or_a_part() -> None:
     assert set(modules) == {("layernorm", "moe_act")}
 
 
+def test_all_recompute_is_plausible_where_experts_are_said_to_overlap_nothing() -> None:
+    """Overlapping their exchange forbids full recompute: a row that turned it off may have had either."""
+    off = plans(**EXPERTS, recompute="", dispatcher_overlap="NCCL alltoall; EP 1F1B overlap off")
+    assert {plan.policy.recompute for plan in off} == {"none", "selective", "full"}
+    unsaid = plans(**EXPERTS, recompute="", dispatcher_overlap="NCCL alltoall")
+    assert {plan.policy.recompute for plan in unsaid} == {"none", "selective"}
+
+
 def test_full_recompute_is_plausible_only_where_nothing_less_fits() -> None:
     large = {
         "num_layers": 80,

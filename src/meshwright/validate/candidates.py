@@ -55,10 +55,12 @@ def candidates_of(parts: Described) -> tuple[Candidate, ...]:
 
     Where a row leaves recompute open and nothing short of full recompute fits the GPU, some layers may have
     been recomputed, or all, or activations moved to the host, which costs less: the plans with selective
-    recompute stay beside those with full.
+    recompute stay beside those with full. All three are plausible where it says that the experts' exchange
+    ran beside nothing: overlapping it forbids full recompute, and who states that it was off chose between.
     """
     reasons: list[str] = []
-    legal = list(_legal(parts, ("none", "selective"), reasons))
+    apart = parts.model.is_moe and parts.stated.expert_overlap is False
+    legal = list(_legal(parts, ("none", "selective", "full") if apart else ("none", "selective"), reasons))
     fitting = _fitting(legal)
     if parts.stated.recompute is None and not fitting:
         whole = list(_legal(parts, ("full",), reasons))
