@@ -60,8 +60,8 @@ def test_plans_are_legal_and_ranked_by_simulation(answer: Answer) -> None:
     assert len(answer.plans) == 10
     times = [plan.step_time_s for plan in answer.plans]
     assert times == sorted(times)
-    closed = sorted(plan.step.total_s for plan in answer.plans)
-    assert closed == pytest.approx([found.step_time_s for found in answer.found.best], rel=1e-9)
+    estimated = sorted(plan.step.total_s for plan in answer.plans)
+    assert estimated == pytest.approx([found.step_time_s for found in answer.found.best], rel=1e-9)
     for ranked in answer.plans:
         simulated = simulate(ranked.plan)
         assert ranked.step_time_s == pytest.approx(simulated.step_time_s, rel=1e-9)
@@ -156,8 +156,8 @@ def test_a_range_is_ranked_on_its_lengths_and_fits_at_the_longest() -> None:
     shares = found.lengths.shares
     mean = sum(s * simulate(best.plan, Options(sequence_length=n)).step_time_s for n, s in shares)
     assert best.step_time_s == pytest.approx(mean, rel=1e-9)
-    closed = sum(s * estimate(best.plan, sequence_length=n).total_s for n, s in shares)
-    assert best.step.total_s == pytest.approx(closed, rel=1e-9)
+    estimated = sum(s * estimate(best.plan, sequence_length=n).total_s for n, s in shares)
+    assert best.step.total_s == pytest.approx(estimated, rel=1e-9)
     alone = plan_deployment(deployment("moe", nodes=1, length=8192, engine="megatron"), 3)
     assert found.found.memory_rejected == alone.found.memory_rejected
     assert "workload.sequence_length" in found.assumptions

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.planner.orders import ends_of_ranks
 
+from meshwright.errors import InputError
 from meshwright.ir.schedule import Action, ActionKind, build_schedule, run_in_order
 from meshwright.plan import split_layers
 from meshwright.planner.pipeline import pipeline_time
@@ -73,12 +75,32 @@ def count_of(name: ScheduleName, num_ranks: int, data: st.DataObject) -> int:
 def test_every_schedule_is_exact_for_any_stages(
     name: ScheduleName, num_ranks: int, spread: float, data: st.DataObject
 ) -> None:
-    """Stages that differ by up to a factor of sixteen, few micro-batches and many."""
+    """Stages that differ by up to a factor of sixteen, few micro-batches and many; ranks that may start at
+    different times, and what is sent under way for some time."""
     chunks = chunks_of(name, data)
-    count = count_of(name, num_ranks, data)
-    stages = drawn_stages(data, num_ranks * chunks, 1 / spread, spread)
-    expected = run(name, num_ranks, count, chunks, stages)
-    assert time_of(name, num_ranks, count, chunks, stages) == pytest.approx(expected, rel=1e-9)
+    count, number = count_of(name, num_ranks, data), num_ranks * chunks
+    stages = drawn_stages(data, number, 1 / spread, spread)
+    rows = [data.draw(st.lists(st.floats(0, 3), min_size=n, max_size=n)) for n in (num_ranks, number, number)]
+    sends = num_ranks > 1 and data.draw(st.booleans(), "sends")
+    lags = np.array(rows[1:]) * sends
+    expected = ends_of_ranks(name, (num_ranks, chunks, count), stages.tolist(), rows[0], lags.tolist())
+    columns = [array[..., None] for array in (stages, np.array(rows[0]), lags)]
+    found = pipeline_time(
+        name, num_ranks, chunks, count, columns[0], columns[1], columns[2] if sends else None
+    )
+    assert found.ends_s[:, 0].tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_what_has_no_order_is_refused() -> None:
+    """30 micro-batches are no whole number of rounds over four ranks."""
+    with pytest.raises(InputError, match="equal rounds"):
+        time_of("Interleaved1F1B", 4, 30, 2, equal_stages(8, (1.0, 1.0, 1.0)))
+
+
+def test_nothing_is_run_for_ever() -> None:
+    """Not even what is no number."""
+    stages = equal_stages(4, (1.0, float("nan"), 1.0))
+    assert np.isnan(time_of("1F1B", 4, 100, 1, stages))
 
 
 @settings(max_examples=60, deadline=None)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.planner.spaces import deployment
+from tests.planner.spaces import TINY, deployment
 
 from meshwright.cost.memory import memory, worst
 from meshwright.ir.program import lower
@@ -88,6 +88,21 @@ def test_random_points_agree_with_one_plan_at_a_time(name: str) -> None:
             assert time_s == pytest.approx(estimate(plan).total_s, rel=1e-9), where
             assert bound_s <= time_s, where
             seen += 1
+
+
+@pytest.mark.parametrize("batch", [4, 8, 16])
+def test_no_bound_is_above_the_time_of_uneven_stages(batch: int) -> None:
+    """Twelve layers on the first chunk, two on the next ones: ranks keep one another waiting less than equal
+    stages would."""
+    wide = {**TINY, "num_hidden_layers": 22, "vocab_size": 1024, "hidden_size": 4096}
+    wide |= {"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14_336}
+    layout = {"pp": 2, "vpp": 2}
+    given_ = {"engine": "megatron", "batch": batch, "nodes": 1, "length": 4096, "layout": layout}
+    space, priced, tables = made(model=wide, layers_per_stage=[12, 2, 2, 6], **given_)
+    search = Search(space, priced, [AtLength(tables, 1.0)], at_least=None)
+    search.run()
+    assert len(search.points) > 20
+    assert (search.points.bounds <= search.points.seconds).all()
 
 
 def outcome(found: Found, space: Space) -> tuple[Any, ...]:

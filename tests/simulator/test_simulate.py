@@ -42,11 +42,15 @@ EXACT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Every schedule; the head, and layers that stages do not divide, make stages uneven."""
 
 
-def estimated(asked: Plan, sends: bool) -> StepTime:
+HIDDEN = Conditions(overlap={"pipeline": True})
+"""Sends of several chunks flow beside compute, whatever the engine."""
+
+
+def estimated(asked: Plan, sends: bool, conditions: Conditions) -> StepTime:
     """The estimate, with or without the time of sends."""
-    rates = prices(asked.cluster, asked.workload.precision, asked.policy.engine)
+    rates = prices(asked.cluster, asked.workload.precision, asked.policy.engine, conditions)
     length = asked.workload.max_sequence_length
-    measured = measure_program(lower(asked), rates, Conditions(), length)
+    measured = measure_program(lower(asked), rates, conditions, length)
     if not sends:
         measured = replace(measured, sends=tuple({} for _ in measured.sends))
     return compose(measured, rates)
@@ -58,15 +62,17 @@ def test_the_estimate_and_the_simulation_are_one(name: str) -> None:
     assert_one(plan(*EXACT[name]) if name in EXACT else example(name), sends=False)
 
 
+@pytest.mark.parametrize("conditions", [Conditions(), HIDDEN], ids=["as the engine", "hidden"])
 @pytest.mark.parametrize("name", [*EXACT, *RUNNABLE])
-def test_sends_count_alike(name: str) -> None:
+def test_sends_count_alike(name: str, conditions: Conditions) -> None:
     """What shows of them on the sender, and what is under way beside compute."""
-    assert_one(plan(*EXACT[name]) if name in EXACT else example(name), sends=True)
+    assert_one(plan(*EXACT[name]) if name in EXACT else example(name), True, conditions)
 
 
-def assert_one(asked: Plan, sends: bool) -> None:
-    found = simulate(asked, Options(point_to_point=sends, contention=False))
-    expected = estimated(asked, sends)
+def assert_one(asked: Plan, sends: bool, conditions: Conditions | None = None) -> None:
+    stated = conditions or Conditions()
+    found = simulate(asked, Options(point_to_point=sends, contention=False, conditions=stated))
+    expected = estimated(asked, sends, stated)
     assert found.step_time_s == pytest.approx(expected.total_s, rel=1e-9)
     assert found.bubble_fraction == pytest.approx(expected.bubble_fraction, rel=1e-9, abs=1e-12)
     for axis in ("tp", "cp", "ep", "etp", "pp"):

@@ -1,8 +1,8 @@
 """How long the order of a pipeline takes for many sets of stage times at once: run slot by slot, by arrays.
 
-Long orders are not run to their end: they repeat themselves, and where one repetition takes every rank as
-much longer as the one before, so does each further one. That is checked for every column, and a column that
-fails it is run on.
+Long orders are not run to their end: they repeat themselves, and where every event of one repetition stands
+as far behind the same one of the repetition before, so it is with each further one. That is checked for every
+column, and a column that fails it is run on.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from meshwright.ir.buildable import require_buildable
 from meshwright.planner.slots import SlottedOrder, period, shorter, slotted_order
 from meshwright.policy import ScheduleName
 
@@ -38,31 +39,36 @@ def order_ends(
     `stages` has the shape (3, P·v, N): forward, input-gradient and weight-gradient seconds of one micro-batch
     by stage, for N columns. `num_micro_batches` is a number, or an array of N; `ready_s`, when ranks may
     start, a number or (P, N); `lags` (2, P·v, N), for how long a forward, and an input gradient, is under way
-    from a stage to the next one: without, none is.
+    from a stage to the next one: without, none is. Raises InputError for a number of micro-batches that has
+    no order (`ir/buildable.py`).
     """
     columns = stages.shape[-1]
     counts = np.broadcast_to(np.asarray(num_micro_batches, np.int64), (columns,))
     ready = np.broadcast_to(ready_s, (num_ranks, columns))
-    found = np.full((num_ranks, columns), np.nan)
-    rounds = _FIRST_ROUNDS
-    while len(left := np.flatnonzero(np.isnan(found[0]))):
-        for run, whole, chosen in _alike(schedule, num_ranks, counts, left, rounds):
+    found = np.empty((num_ranks, columns))
+    left, rounds = np.arange(columns), _FIRST_ROUNDS
+    while len(left):
+        missing = []
+        for run, whole, chosen in _alike(schedule, num_ranks, num_chunks, counts, left, rounds):
             order = slotted_order(schedule, num_ranks, num_chunks, run)
             each = period(schedule, num_ranks, run)
             for part in _parts(chosen, len(order.previous)):
                 sent = None if lags is None else lags[..., part]
                 ends, further = _run(order, stages[..., part], ready[:, part], sent)
-                more = 0.0 if whole else (counts[part] - run) // each * further
-                found[:, part] = ends + more
-        rounds *= 2
+                found[:, part] = ends if whole else ends + (counts[part] - run) // each * further
+                if not whole:
+                    missing.append(part[np.isnan(further)])
+        left, rounds = np.concatenate([left[:0], *missing]), 2 * rounds
     return found
 
 
 def _alike(
-    schedule: ScheduleName, num_ranks: int, counts: Array, left: Array, rounds: int
+    schedule: ScheduleName, num_ranks: int, num_chunks: int, counts: Array, left: Array, rounds: int
 ) -> Iterator[tuple[int, bool, Array]]:
     """Columns by how many micro-batches are run for them, and whether these are all that they have."""
     several, which = np.unique(counts[left], return_inverse=True)
+    for count in several:
+        require_buildable(schedule, num_ranks, int(count), num_chunks)
     runs = np.array([shorter(schedule, num_ranks, int(count), rounds) for count in several])
     for run in np.unique(runs):
         for whole in (True, False):

@@ -55,7 +55,7 @@ def pipeline_time(
 
     `stages` has the shape (3, P·v, N): f, b, w by stage. `num_micro_batches` may be an array of N; `ready_s`,
     when each rank may start, has the shape (P, N); `lags`, for how long what a stage makes flows to the next
-    one beside compute, (2, P·v, N): forwards, and input gradients.
+    one beside compute, (2, P·v, N): forwards, and input gradients. One rank sends nothing.
     """
     ranks = range(num_ranks)
     of_rank = [[stage_of(schedule, rank, chunk, num_ranks) for chunk in range(num_chunks)] for rank in ranks]

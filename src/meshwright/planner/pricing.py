@@ -105,8 +105,9 @@ class Pricing:
         return once_per_step(wanted.stages.ranks, comm, optimizer, self.priced, phases)
 
     def bound(self, stages: Stages, choice: Choice, rows: Array) -> Array:
-        """Seconds that a step cannot take less than: the fullest rank's work; and under GPipe and 1F1B with
-        what fills and drains the pipeline, as far as it follows from sums over stages."""
+        """Seconds that a step cannot take less than: the fullest rank's work; and under GPipe, 1F1B and
+        interleaved 1F1B with what fills and drains the pipeline, as far as it follows from sums over
+        stages."""
         pipeline = stages.pipeline
         busy, edge = _bound_weights(stages)
         m = self.columns.num_micro_batches[rows]
@@ -122,9 +123,11 @@ class Pricing:
             least = m * fullest
             if pipeline.schedule == "GPipe":
                 least = least + edge @ weighed - fullest
-            elif pipeline.schedule in ("1F1B", "Interleaved1F1B"):
-                waits_twice = (m > pipeline.pp) | (pipeline.vpp > 1)
+            elif pipeline.schedule == "1F1B":
+                waits_twice = m > pipeline.pp
                 least = np.maximum(least, np.where(waits_twice, m * by_rank[0] + edge @ weighed, 0.0))
+            elif pipeline.schedule == "Interleaved1F1B":
+                least = (edge @ weighed + m * by_rank).max(axis=0)
             total += at.share * least
         return total * (1 - 1e-9)
 
@@ -200,12 +203,16 @@ def _bound_weights(stages: Stages) -> tuple[Array, Array]:
     edges of the pipeline on top.
 
     GPipe ends no sooner than Σt + (m − 1)·max t. Under 1F1B the first rank works m·t₀ and waits for the
-    later ranks, twice D₀ = Σ t_j of the last chunk, behind P − 1 forwards and backwards of its own.
+    later ranks, twice D₀ = Σ t_j, behind P − 1 forwards and backwards of its own. Under interleaving every
+    rank works behind the first forwards of the ranks before it, and ahead of their last backwards: those of
+    their first chunks, by rank.
     """
     pipeline = stages.pipeline
     by_stage = np.hstack([stages.blocks, stages.sends.sum(axis=1, keepdims=True)])
     busy = np.array([by_stage[list(own)].sum(axis=0) for own in stages.ranks])
     if pipeline.schedule == "GPipe":
         return busy, busy.sum(axis=0)
-    last = by_stage[[own[-1] for own in stages.ranks]]
-    return busy, 2 * last[1:].sum(axis=0) - (pipeline.pp - 1) * last[0]
+    first = by_stage[[own[0] for own in stages.ranks]]
+    if pipeline.schedule == "Interleaved1F1B":
+        return busy, np.cumsum(first, axis=0) - first
+    return busy, 2 * first[1:].sum(axis=0) - (pipeline.pp - 1) * first[0]

@@ -55,7 +55,7 @@ class Ranked:
     @property
     def parts(self) -> dict[str, float]:
         """Seconds of a step by part, which add up to it: those of the estimate, and what the simulation
-        finds beyond it (links that several transfers share, stages of different length)."""
+        finds beyond it (links that several transfers share)."""
         return {**self.step.parts, "simulated": self.step_time_s - self.step.total_s}
 
     @cached_property
@@ -142,7 +142,7 @@ def ranked(plan: Plan, lengths: Lengths) -> Ranked:
     shortest, longest = plan.workload.min_sequence_length, plan.workload.max_sequence_length
     used = {length for length, _ in lengths.shares} | {shortest, longest}
     programs = {length: lower(plan, length) for length in sorted(used)}
-    steps = [(_closed(programs[length], priced, length), share) for length, share in lengths.shares]
+    steps = [(_estimated(programs[length], priced, length), share) for length, share in lengths.shares]
     times = {length: simulated_step(program, length) for length, program in programs.items()}
     simulated = mean_simulated([(times[length], share) for length, share in lengths.shares])
     ends = {n: times[n].step_time_s for n in (shortest, longest)} if shortest < longest else {}
@@ -152,7 +152,7 @@ def ranked(plan: Plan, lengths: Lengths) -> Ranked:
     return Ranked(plan, lengths, mean_step(steps), simulated, peaks, ends, confidence)
 
 
-def _closed(program: Program, priced: Prices, length: int) -> StepTime:
+def _estimated(program: Program, priced: Prices, length: int) -> StepTime:
     return compose(measure_program(program, priced, CONDITIONS, length), priced)
 
 

@@ -74,7 +74,10 @@ class SlottedOrder:
 
 def shorter(schedule: ScheduleName, num_ranks: int, num_micro_batches: int, rounds: int) -> int:
     """A number of micro-batches, `rounds` times what fills the pipeline, whose order the whole one goes on
-    like, a `period` at a time; the whole number where there is none."""
+    like, a `period` at a time; the whole number where there is none, as under GPipe, whose orders grow in two
+    places."""
+    if schedule == "GPipe":
+        return num_micro_batches
     each = period(schedule, num_ranks, num_micro_batches)
     run = rounds * (each if each > 1 else num_ranks)
     goes_on = run < num_micro_batches and period(schedule, num_ranks, run) == each
@@ -88,7 +91,7 @@ def period(schedule: ScheduleName, num_ranks: int, num_micro_batches: int) -> in
     return 1
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=256)
 def slotted_order(
     schedule: ScheduleName, num_ranks: int, num_chunks: int, num_micro_batches: int
 ) -> SlottedOrder:

@@ -166,7 +166,19 @@ class _Sweep:
         order = self.order if what != _START else self.order + _LATER
         heapq.heappush(self.heap, (time, order, rank, what))
 
+    def own_inputs(self, action: Action) -> list[int]:
+        """What the rank itself must have made: it is there when that action ends, however long a send takes
+        it elsewhere."""
+        keys = []
+        for part in action.simple_actions:
+            assert part.micro_batch is not None
+            if part.kind is not ActionKind.FORWARD:
+                gradient = self.gradients if part.kind is ActionKind.WEIGHT_GRADIENT else 0
+                keys.append(gradient + part.stage * self.count + part.micro_batch)
+        return keys
+
     def inputs(self, action: Action) -> list[int]:
+        """What other stages must have sent."""
         keys = []
         for part in action.simple_actions:
             assert part.micro_batch is not None
@@ -174,12 +186,8 @@ class _Sweep:
             if part.kind is ActionKind.FORWARD:
                 if part.stage:
                     keys.append(own - self.count)
-            elif part.kind is ActionKind.WEIGHT_GRADIENT:
-                keys.append(self.gradients + own)
-            else:
-                keys.append(own)
-                if part.stage < self.schedule.num_stages - 1:
-                    keys.append(self.gradients + own + self.count)
+            elif part.kind is not ActionKind.WEIGHT_GRADIENT and part.stage < self.schedule.num_stages - 1:
+                keys.append(self.gradients + own + self.count)
         return keys
 
     def try_start(self, rank: int) -> None:
@@ -187,8 +195,12 @@ class _Sweep:
         position = len(self.done[rank])
         if position == len(self.actions[rank]):
             return
-        start = self.free[rank]
-        for key in self.inputs(self.actions[rank][position]):
+        action, start = self.actions[rank][position], self.free[rank]
+        for key in self.own_inputs(action):
+            if key not in self.made_by:
+                self.waiting.setdefault(key, []).append(rank)
+                return
+        for key in self.inputs(action):
             if key not in self.arrived:
                 self.waiting.setdefault(key, []).append(rank)
                 return

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from meshwright.errors import InputError
+from meshwright.ir.buildable import require_buildable
 from meshwright.ir.program import Program
 from meshwright.plan import Plan
 from meshwright.planner.slots import SlottedOrder, period, shorter, slotted_order
@@ -58,6 +59,7 @@ def totals(plan: Plan | Program, options: Options | None = None) -> Totals:
         program.plan.layout.pp,
         program.plan.num_micro_batches,
     )
+    require_buildable(schedule, ranks, count, program.plan.layout.vpp)
     rounds = _FIRST_ROUNDS
     while True:
         run = shorter(schedule, ranks, count, rounds)

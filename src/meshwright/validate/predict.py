@@ -99,8 +99,8 @@ def log_time(prepared: Prepared, values: Constants | None = None) -> Array:
 
 def simulated(prepared: Prepared, values: Constants | None = None) -> Prepared:
     """The run with how far its simulated steps lie beyond the estimate."""
-    closed = step_times(prepared, values)[:, 0]
-    found = np.log(simulated_times(prepared, values)) - np.log(closed)
+    estimated = step_times(prepared, values)[:, 0]
+    found = np.log(simulated_times(prepared, values)) - np.log(estimated)
     return replace(prepared, beyond=tuple(found.tolist()))
 
 
