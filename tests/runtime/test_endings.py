@@ -32,12 +32,22 @@ def deployment(tmp_path: Path) -> Path:
     return written(DEPLOYMENT, tmp_path)
 
 
+def _heed_interrupts() -> None:
+    """A shell starts what runs in its background with interrupts ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def running(deployment: Path) -> Iterator[subprocess.Popen[str]]:
     """A run of two ranks that has done its first step and goes on for long."""
     command = [sys.executable, "-m", "meshwright", "train", str(deployment), "--json"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_heed_interrupts,
     ) as process:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["step"] == 1
