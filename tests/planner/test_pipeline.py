@@ -11,33 +11,19 @@ from hypothesis import strategies as st
 from tests.planner.orders import ends_of_ranks
 
 from meshwright.errors import InputError
-from meshwright.ir.schedule import Action, ActionKind, build_schedule, run_in_order
 from meshwright.plan import split_layers
 from meshwright.planner.pipeline import pipeline_time
-from meshwright.planner.slots import slotted_order
+from meshwright.planner.slots import Shape, slotted_order
 from meshwright.policy import SCHEDULES, ScheduleName
 
 
 def run(name: ScheduleName, num_ranks: int, count: int, chunks: int, stages: np.ndarray) -> float:
     """Seconds from the first start to the last end when every action of the order is run."""
-    forward, inner, weight = stages
-
-    def seconds(action: Action) -> float:
-        total = 0.0
-        for part in action.simple_actions:
-            match part.kind:
-                case ActionKind.FORWARD:
-                    total += forward[part.stage]
-                case ActionKind.BACKWARD:
-                    total += inner[part.stage] + weight[part.stage]
-                case ActionKind.INPUT_GRADIENT:
-                    total += inner[part.stage]
-                case _:
-                    total += weight[part.stage]
-        return float(total)
-
-    spans = run_in_order(build_schedule(name, num_ranks, count, chunks), seconds)
-    return max(rank_spans[-1][1] for rank_spans in spans)
+    number = num_ranks * chunks
+    ends = ends_of_ranks(
+        name, (num_ranks, chunks, count), stages.tolist(), [0.0] * num_ranks, [[0.0] * number] * 2
+    )
+    return max(ends)
 
 
 def time_of(name: ScheduleName, num_ranks: int, count: int, chunks: int, stages: np.ndarray) -> float:
@@ -150,7 +136,7 @@ def test_a_long_order_is_laid_out_short() -> None:
     long = pipeline_time("Interleaved1F1B", 4, 2, 4 * 1000, stages).total_s
     laid_out = slotted_order.cache_info().currsize
     for rounds in (4, 8):
-        slotted_order("Interleaved1F1B", 4, 2, 4 * rounds)
+        slotted_order(Shape("Interleaved1F1B", 4, 2), 4 * rounds)
     assert laid_out <= slotted_order.cache_info().currsize == 2
     short, shorter = (run("Interleaved1F1B", 4, 4 * m, 2, stages[..., 0]) for m in (40, 30))
     assert long[0] == pytest.approx(short + 96 * (short - shorter), rel=1e-9)

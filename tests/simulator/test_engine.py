@@ -13,6 +13,7 @@ from tests.simulator.pipelines import NAMES, SECONDS, B, F, I, Pipeline, W, by_s
 from meshwright.ir.schedule import Action, build_schedule, run_in_order
 from meshwright.planner.pipeline import pipeline_time
 from meshwright.policy import ScheduleName
+from meshwright.simulator import engine
 from meshwright.simulator.engine import Beside, Run, Send, Work, lines_of, run
 from meshwright.simulator.streams import Flow, Stretch
 
@@ -170,6 +171,20 @@ def test_a_send_is_slowed_by_what_its_rank_sends_next() -> None:
     # Sharing from 1.0 to 1.8, the send moves 0.4 and the transfer 0.4 of its 0.5: it ends at 1.9, the
     # forward at 2.4, and its own send, with nothing beside it, 0.4 later.
     assert total(1) == pytest.approx([1.8, 2.8, 2.4])
+
+
+def test_work_that_is_remembered_is_work_that_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sends forward on one tier and back on another, as long as each other: only one of them meets the ranks'
+    own transfers, and what is remembered of the one is not taken for the other."""
+    schedule = build_schedule("1F1B", 3, 8)
+    sends = {F: [Send(0.1, 0.4, 0)] * 2 + [None], I: [None] + [Send(0.1, 0.4, 1)] * 2}
+    line = Stretch(((0.5, 1), (0.5, -1)), (), 0.0, 1.0)
+    work = replace(uniform(schedule, 1, 1, 1), sends=sends, lines=lambda kind, stage, count: [line])
+    remembered = run(schedule, work)
+    monkeypatch.setattr(engine, "_KEPT", 0)
+    again = run(schedule, work)
+    for one, other in zip(remembered.done, again.done, strict=True):
+        assert [done.end_s for done in one] == pytest.approx([done.end_s for done in other], rel=1e-12)
 
 
 def test_flows_of_the_data_axes_start_with_the_last_backward() -> None:

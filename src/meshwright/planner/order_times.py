@@ -12,13 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.ir.buildable import require_buildable
-from meshwright.planner.slots import SlottedOrder, period, shorter, slotted_order
-from meshwright.policy import ScheduleName
+from meshwright.planner.slots import SAME, Shape, SlottedOrder, slotted_order
 
 Array = Any
-SAME = 1e-12
-"""Share of the whole time by which two increments may differ and still be equal: rounding."""
 CELLS = 2**21
 """Numbers that are held at once: bounds memory, and keeps a slot's in the cache."""
 _FIRST_ROUNDS = 4
@@ -26,35 +22,28 @@ _FIRST_ROUNDS = 4
 
 
 def order_ends(
-    schedule: ScheduleName,
-    num_ranks: int,
-    num_chunks: int,
-    num_micro_batches: Array,
-    stages: Array,
-    ready_s: Array = 0.0,
-    lags: Array | None = None,
+    shape: Shape, num_micro_batches: Array, stages: Array, ready_s: Array, lags: Array | None
 ) -> Array:
     """When each rank is done with all micro-batches, in seconds: (P, N).
 
     `stages` has the shape (3, P·v, N): forward, input-gradient and weight-gradient seconds of one micro-batch
-    by stage, for N columns. `num_micro_batches` is a number, or an array of N; `ready_s`, when ranks may
-    start, a number or (P, N); `lags` (2, P·v, N), for how long a forward, and an input gradient, is under way
-    from a stage to the next one: without, none is. Raises InputError for a number of micro-batches that has
-    no order (`ir/buildable.py`).
+    by stage, for N columns. `num_micro_batches` is a number, or an array of N; `ready_s` (P, N), when ranks
+    may start; `lags` (2, P·v, N), for how long a forward, and an input gradient, is under way from a stage to
+    the next one: without, none is. Raises InputError for a number of micro-batches that has no order
+    (`ir/buildable.py`).
     """
     columns = stages.shape[-1]
     counts = np.broadcast_to(np.asarray(num_micro_batches, np.int64), (columns,))
-    ready = np.broadcast_to(ready_s, (num_ranks, columns))
-    found = np.empty((num_ranks, columns))
+    found = np.empty((shape.num_ranks, columns))
     left, rounds = np.arange(columns), _FIRST_ROUNDS
     while len(left):
         missing = []
-        for run, whole, chosen in _alike(schedule, num_ranks, num_chunks, counts, left, rounds):
-            order = slotted_order(schedule, num_ranks, num_chunks, run)
-            each = period(schedule, num_ranks, run)
+        for run, whole, chosen in _alike(shape, counts, left, rounds):
+            order = slotted_order(shape, run)
+            each = shape.period(run)
             for part in _parts(chosen, len(order.previous)):
                 sent = None if lags is None else lags[..., part]
-                ends, further = _run(order, stages[..., part], ready[:, part], sent)
+                ends, further = _run(order, stages[..., part], ready_s[:, part], sent)
                 found[:, part] = ends if whole else ends + (counts[part] - run) // each * further
                 if not whole:
                     missing.append(part[np.isnan(further)])
@@ -62,14 +51,12 @@ def order_ends(
     return found
 
 
-def _alike(
-    schedule: ScheduleName, num_ranks: int, num_chunks: int, counts: Array, left: Array, rounds: int
-) -> Iterator[tuple[int, bool, Array]]:
+def _alike(shape: Shape, counts: Array, left: Array, rounds: int) -> Iterator[tuple[int, bool, Array]]:
     """Columns by how many micro-batches are run for them, and whether these are all that they have."""
     several, which = np.unique(counts[left], return_inverse=True)
     for count in several:
-        require_buildable(schedule, num_ranks, int(count), num_chunks)
-    runs = np.array([shorter(schedule, num_ranks, int(count), rounds) for count in several])
+        shape.require_order(int(count))
+    runs = np.array([shape.shorter(int(count), rounds) for count in several])
     for run in np.unique(runs):
         for whole in (True, False):
             chosen = left[((runs == run) & ((several == run) == whole))[which]]

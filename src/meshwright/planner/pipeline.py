@@ -14,6 +14,7 @@ import numpy as np
 
 from meshwright.ir.schedule import stage_of
 from meshwright.planner.order_times import order_ends
+from meshwright.planner.slots import Shape
 from meshwright.policy import ScheduleName
 
 Array = Any
@@ -63,5 +64,5 @@ def pipeline_time(
     ready = np.broadcast_to(ready_s, busy.shape)
     if num_ranks == 1:
         return PipelineTime(ready[0], ready + busy, busy)
-    ends = order_ends(schedule, num_ranks, num_chunks, num_micro_batches, stages, ready, lags)
+    ends = order_ends(Shape(schedule, num_ranks, num_chunks), num_micro_batches, stages, ready, lags)
     return PipelineTime(ready[0], ends, busy)

@@ -12,10 +12,11 @@ from collections import deque
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from meshwright.ir.buildable import require_buildable
 from meshwright.ir.orders import Action, ActionKind, num_rounds
 from meshwright.ir.schedule import Schedule, build_schedule
 from meshwright.policy import CHUNKED_SCHEDULES, V_SCHEDULES, ScheduleName
@@ -31,6 +32,38 @@ KINDS = (
 _ROW = {kind: row for row, kind in enumerate(KINDS)}
 _PER_PERIOD = (1, 2, 3)
 """Slots in which a rank takes one micro-batch through a chunk: overlapped pairs, halves, thirds."""
+
+
+SAME = 1e-12
+"""Share of the whole time by which two repetitions may differ in length and still be equal: rounding."""
+
+
+class Shape(NamedTuple):
+    """What an order depends on beside its micro-batches."""
+
+    schedule: ScheduleName
+    num_ranks: int
+    num_chunks: int
+
+    def require_order(self, num_micro_batches: int) -> None:
+        """Raise InputError for a number of micro-batches that has no order."""
+        require_buildable(self.schedule, self.num_ranks, num_micro_batches, self.num_chunks)
+
+    def period(self, num_micro_batches: int) -> int:
+        """Micro-batches after which an order repeats itself."""
+        if self.schedule in CHUNKED_SCHEDULES - V_SCHEDULES:
+            return num_micro_batches // num_rounds(self.num_ranks, num_micro_batches)
+        return 1
+
+    def shorter(self, num_micro_batches: int, rounds: int) -> int:
+        """A number of micro-batches, `rounds` times what fills the pipeline, whose order the whole one goes
+        on like, a period at a time; the whole number where there is none, as under GPipe, whose orders grow
+        in two places."""
+        if self.schedule == "GPipe":
+            return num_micro_batches
+        each = self.period(num_micro_batches)
+        run = rounds * (each if each > 1 else self.num_ranks)
+        return run if run < num_micro_batches and self.period(run) == each else num_micro_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,30 +105,10 @@ class SlottedOrder:
         return [int(own[-1]) for own in self.by_rank]
 
 
-def shorter(schedule: ScheduleName, num_ranks: int, num_micro_batches: int, rounds: int) -> int:
-    """A number of micro-batches, `rounds` times what fills the pipeline, whose order the whole one goes on
-    like, a `period` at a time; the whole number where there is none, as under GPipe, whose orders grow in two
-    places."""
-    if schedule == "GPipe":
-        return num_micro_batches
-    each = period(schedule, num_ranks, num_micro_batches)
-    run = rounds * (each if each > 1 else num_ranks)
-    goes_on = run < num_micro_batches and period(schedule, num_ranks, run) == each
-    return run if goes_on else num_micro_batches
-
-
-def period(schedule: ScheduleName, num_ranks: int, num_micro_batches: int) -> int:
-    """Micro-batches after which an order repeats itself."""
-    if schedule in CHUNKED_SCHEDULES - V_SCHEDULES:
-        return num_micro_batches // num_rounds(num_ranks, num_micro_batches)
-    return 1
-
-
 @lru_cache(maxsize=256)
-def slotted_order(
-    schedule: ScheduleName, num_ranks: int, num_chunks: int, num_micro_batches: int
-) -> SlottedOrder:
+def slotted_order(shape: Shape, num_micro_batches: int) -> SlottedOrder:
     """The order of `build_schedule` in slots. Raises InputError as that does."""
+    schedule, num_ranks, num_chunks = shape
     laid = _laid(build_schedule(schedule, num_ranks, num_micro_batches, num_chunks))
     by_slot = np.argsort(laid.slots, kind="stable")
     number = np.zeros(len(by_slot), np.int64)
@@ -106,7 +119,6 @@ def slotted_order(
     previous = np.where(before < 0, ranks, number[before])
     waits_for = np.stack([previous, *(np.where(own < 0, previous, number[own]) for own in inputs)])
     what = np.stack([laid.durations, *laid.micro_batches])[:, by_slot]
-    each = period(schedule, num_ranks, num_micro_batches)
     of_starts = ((0, 0), (num_ranks, 0))
     return SlottedOrder(
         slots=tuple(pairwise(starts)),
@@ -116,7 +128,7 @@ def slotted_order(
         durations=np.pad(what[0], of_starts[1]),
         pairs=laid.pairs,
         by_rank=tuple(num_ranks + np.flatnonzero(ranks == rank) for rank in range(num_ranks)),
-        repeat=_repeat(slots, ranks, what, waits_for, num_chunks, each),
+        repeat=_repeat(slots, ranks, what, waits_for, num_chunks, shape.period(num_micro_batches)),
     )
 
 

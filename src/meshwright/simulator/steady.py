@@ -14,16 +14,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from meshwright.errors import InputError
-from meshwright.ir.buildable import require_buildable
 from meshwright.ir.program import Program
 from meshwright.plan import Plan
-from meshwright.planner.slots import SlottedOrder, period, shorter, slotted_order
+from meshwright.planner.slots import SAME, Shape, SlottedOrder, slotted_order
 from meshwright.simulator.engine import Run
 from meshwright.simulator.options import Options
 from meshwright.simulator.simulate import lowered, run_all
 
-SAME = 1e-12
-"""Share of the whole time by which two increments may differ and still be equal: rounding."""
 _FIRST_ROUNDS = 5
 """Rounds that are run at first. In four, shared links have often not come to a steady state."""
 
@@ -54,25 +51,24 @@ def totals(plan: Plan | Program, options: Options | None = None) -> Totals:
         rule = "micro-batches that are drawn are not alike: every one of them has to be run"
         raise InputError("options", "drawn", rule, ["simulate", "sample_steps"])
     program = lowered(plan, asked)
-    schedule, ranks, count = (
-        program.plan.policy.schedule,
-        program.plan.layout.pp,
-        program.plan.num_micro_batches,
-    )
-    require_buildable(schedule, ranks, count, program.plan.layout.vpp)
+    shape, count = _shape(program.plan), program.plan.num_micro_batches
+    shape.require_order(count)
     rounds = _FIRST_ROUNDS
     while True:
-        run = shorter(schedule, ranks, count, rounds)
+        run = shape.shorter(count, rounds)
         found, further = _run(_with(program, run), asked, whole=run == count)
         if further is not None:
-            return _extended(found, further, (count - run) // period(schedule, ranks, count))
+            return _extended(found, further, (count - run) // shape.period(count))
         rounds *= 2
+
+
+def _shape(plan: Plan) -> Shape:
+    return Shape(plan.policy.schedule, plan.layout.pp, plan.layout.vpp)
 
 
 def _run(program: Program, options: Options, whole: bool) -> tuple[Totals, Totals | None]:
     """The totals of a program, and what each further repetition adds to them: nothing needs to be known of it
     where the step is `whole`, and None where it is not steady."""
-    plan = program.plan
     kept = run_all(program, options, 1)
     one, end = kept.runs[0], kept.ends[0]
     ranks = range(one.schedule.num_ranks)
@@ -80,14 +76,14 @@ def _run(program: Program, options: Options, whole: bool) -> tuple[Totals, Total
     found = Totals(end.total_s, running_s, sum(map(one.busy_s, ranks)) / len(ranks))
     if whole:
         return found, Totals(0.0, 0.0, 0.0)
-    order = slotted_order(plan.policy.schedule, plan.layout.pp, plan.layout.vpp, plan.num_micro_batches)
-    longer = _further_s(one, order)
-    if longer is None or order.repeat is None:
+    order = slotted_order(_shape(program.plan), program.plan.num_micro_batches)
+    repeat, longer = order.repeat, _further_s(one, order)
+    if repeat is None or longer is None:
         return found, None
     works = np.zeros(len(order.previous))
     for own, done in zip(order.by_rank, one.done, strict=True):
         works[own] = [each.end_s - each.start_s for each in done]
-    return found, Totals(longer, longer, float(works[order.repeat.second].sum()) / len(ranks))
+    return found, Totals(longer, longer, float(works[repeat.second].sum()) / len(ranks))
 
 
 def _further_s(run: Run, order: SlottedOrder) -> float | None:
