@@ -77,6 +77,16 @@ def test_every_schedule_is_exact_for_any_stages(
     assert found.ends_s[:, 0].tolist() == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("name", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
+def test_stages_that_are_nearly_equal_are_not_taken_for_equal(name: ScheduleName) -> None:
+    """A hundred thousandth apart, ranks catch up with one another over hundreds of micro-batches: rounds
+    before that grow by nearly, and not by exactly, as much as those after."""
+    chunks = 1 if name == "1F1B" else 2
+    stages = 1 + 1e-5 * np.random.default_rng(5).uniform(size=(3, 4 * chunks))
+    expected = run(name, 4, 400, chunks, stages)
+    assert time_of(name, 4, 400, chunks, stages) == pytest.approx(expected, rel=1e-11)
+
+
 def test_what_has_no_order_is_refused() -> None:
     """30 micro-batches are no whole number of rounds over four ranks."""
     with pytest.raises(InputError, match="equal rounds"):
